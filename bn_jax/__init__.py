@@ -1,0 +1,21 @@
+"""Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
+
+from bn_jax.folding import inference_affine
+from bn_jax.moments import Moments, merge_moments, moments
+from bn_jax.params import BatchNormParams, init_params
+from bn_jax.statistics import BatchStats, init_stats
+from bn_jax.transform import batch_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormParams",
+    "BatchStats",
+    "Moments",
+    "batch_norm",
+    "inference_affine",
+    "init_params",
+    "init_stats",
+    "merge_moments",
+    "moments",
+]

@@ -1,0 +1,61 @@
+"""Batch statistics: the state of batch normalisation, and its moving average."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from bn_jax.moments import Moments
+
+
+class BatchStats(NamedTuple):
+    """Estimates of the population's mean and variance, used at inference."""
+
+    mean: jax.Array  # (features), float32 or float64
+    var: jax.Array  # (features), same dtype
+
+
+def init_stats(
+    num_features: int | Sequence[int], dtype: DTypeLike = jnp.float32
+) -> BatchStats:
+    """Statistics before the first batch: mean 0 and variance 1, as Flax has them.
+
+    Args:
+      num_features: size of the feature axis, or the sizes of several.
+      dtype: float32, or float64 to match float64 input.
+    """
+    return BatchStats(
+        mean=jnp.zeros(num_features, dtype), var=jnp.ones(num_features, dtype)
+    )
+
+
+def update_stats(
+    stats: BatchStats, batch: Moments, *, decay: float | jax.Array, unbiased: bool
+) -> BatchStats:
+    """Moves statistics towards those of one batch: decay * old + (1 - decay) * batch.
+
+    Args:
+      stats: the old statistics.
+      batch: moments of the batch, shared over devices or not.
+      decay: the share of the old statistics that stays.
+      unbiased: multiply the batch's variance by m / (m - 1), as Algorithm 2 has it,
+        where m is the moments' count. Weights are counts here: a total weight below 2
+        gives no meaningful correction, and is taken as 2.
+
+    Returns:
+      New statistics in the old ones' dtype; the old ones where the count is 0. No
+      gradient flows into them.
+    """
+    var = batch.var
+    if unbiased:
+        m = jnp.maximum(batch.count, 2)
+        var = var * (m / (m - 1))
+
+    def move(old: jax.Array, new: jax.Array) -> jax.Array:
+        moved = decay * old + (1 - decay) * new
+        return jnp.where(batch.count > 0, moved, old).astype(old.dtype)
+
+    moved = BatchStats(move(stats.mean, batch.mean), move(stats.var, var))
+    return jax.lax.stop_gradient(moved)

@@ -1,0 +1,282 @@
+"""The batch normalising transform: Algorithm 1 with its gradient, and inference."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bn_jax import arguments, collectives
+from bn_jax.collectives import AxisIndexGroups, AxisName
+from bn_jax.layout import Layout, make_layout
+from bn_jax.moments import (
+    Moments,
+    check_weights,
+    nonzero_count,
+    shared_moments,
+    statistics_dtype,
+)
+from bn_jax.params import BatchNormParams
+from bn_jax.statistics import BatchStats, update_stats
+
+
+def batch_norm(
+    params: BatchNormParams,
+    stats: BatchStats,
+    x: jax.Array,
+    *,
+    train: bool,
+    axis: int | Sequence[int] = -1,
+    decay: float | jax.Array = 0.99,
+    eps: float = 1e-3,
+    weights: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    activation: str | None = None,
+    unbiased: bool = True,
+) -> tuple[jax.Array, BatchStats]:
+    """Normalises each feature to mean 0 and variance 1, then scales and shifts it.
+
+    Training (Algorithm 1) normalises by the moments of the batch and moves the
+    statistics towards them. Inference (Algorithm 2) normalises by the statistics and
+    returns them as they are.
+
+    The gradient of training is written by hand (section 3): it flows through the
+    batch's moments, and what is kept for it is x in its own dtype, the parameters, and
+    mean, 1/sqrt(var + eps) and count per feature, and the weights if given. No gradient
+    flows into or out of the statistics.
+
+    Reverse mode is the fast path. Forward mode (`jax.jvp`, `jax.jacfwd`) works with
+    train=False; with train=True JAX raises a TypeError, as for every function with a
+    gradient of its own. Forward over reverse (`jax.jvp` of `jax.grad`, `jax.hessian`)
+    works in both.
+
+    Args:
+      params: scale and bias, (features) each; None for either leaves it out.
+      stats: mean and variance, (features) each, float32 or float64.
+      x: any rank; float16, bfloat16, float32 or float64.
+      train: normalise by the batch (True) or by the statistics (False).
+      axis: the feature axis or axes, every other axis is averaged over: -1 for dense
+        layers and for convolutions in NHWC layout (section 3.2), all but the batch's
+        axis for one mean and variance per activation.
+      decay: the statistics become decay * old + (1 - decay) * batch. May be traced.
+      eps: added to the variance.
+      weights: 0 for padding, or real-valued example weights >= 0, which say how often
+        a value counts in the moments; same rank as x, each size x's or 1. Padding may
+        hold anything: it reaches no output, statistic or gradient, and its outputs and
+        gradients are 0. Weights that are not 0 get their exact gradient.
+      axis_name: mapped axis or axes to share moments over: one collective forward, one
+        backward, of 3 values per feature and device.
+      axis_index_groups: groups of indices along axis_name that share moments among
+        themselves only.
+      activation: None, or "relu" applied to the result; no mask is stored for it.
+      unbiased: the running variance takes the batch's variance times m / (m - 1), m
+        counted over devices and positions (Algorithm 2). False gives Flax's.
+
+    Returns:
+      y, of x's shape and dtype, and the new statistics in the old ones' dtype. Where
+      no position counts (an empty batch, or all padding), y is 0 and the statistics
+      stay.
+
+    Raises:
+      TypeError: x, params or stats are not floating point or not of the right type;
+        eps or axis is not a number; in training, stats of less than 32 bits.
+      ValueError: a value or a shape does not fit (the message says which); stats are
+        None; in training, only one value per feature.
+    """
+    arguments.check_eps(eps)
+    arguments.check_decay(decay)
+    arguments.check_activation(activation)
+    x = jnp.asarray(x)
+    layout = make_layout(x.shape, axis)
+    weights = check_weights(x, weights)
+    arguments.check_params(params, x, layout)
+    arguments.check_stats(stats, x, layout, train=train)
+    groups = collectives.check_groups(axis_name, axis_index_groups)
+    if not train:
+        frozen = functools.partial(_normalise_by_statistics, layout, eps, activation)
+        # Recomputing is one pass over x; without it, reverse mode would keep x and
+        # more in float32.
+        return jax.checkpoint(frozen)(params, stats, x, weights), stats
+    num_devices = collectives.group_size(axis_name, groups)
+    arguments.check_num_values(x, layout, num_devices)
+    options = _Options(layout, float(eps), activation, axis_name, groups)
+    y, batch = _normalise_by_batch(options, params, x, weights)
+    return y, update_stats(stats, batch, decay=decay, unbiased=unbiased)
+
+
+class _Options(NamedTuple):
+    """What the trained transform needs to know before it sees a value."""
+
+    layout: Layout
+    eps: float
+    activation: str | None
+    axis_name: AxisName | None
+    groups: tuple[tuple[int, ...], ...] | None
+
+
+class _Residuals(NamedTuple):
+    """What the gradient keeps."""
+
+    params: BatchNormParams
+    x: jax.Array  # in its own dtype
+    weights: jax.Array | None
+    count: jax.Array  # (features), over all devices that share moments
+    mean: jax.Array  # (features)
+    inverse_std: jax.Array  # (features), 1 / sqrt(var + eps)
+
+
+def _normalise_by_statistics(
+    layout: Layout,
+    eps: float,
+    activation: str | None,
+    params: BatchNormParams,
+    stats: BatchStats,
+    x: jax.Array,
+    weights: jax.Array | None,
+) -> jax.Array:
+    mean, var = jax.lax.stop_gradient(stats)
+    dtype = statistics_dtype(x)
+    inverse_std = jax.lax.rsqrt(var.astype(dtype) + eps)
+    if weights is not None:
+        x = jnp.where(weights == 0, 0, x)
+    normalised = _standardise(layout, x, mean.astype(dtype), inverse_std)
+    return _finish(layout, activation, params, normalised, weights).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalise_by_batch(
+    options: _Options,
+    params: BatchNormParams,
+    x: jax.Array,
+    weights: jax.Array | None,
+) -> tuple[jax.Array, Moments]:
+    return _normalise_by_batch_forward(options, params, x, weights)[0]
+
+
+def _normalise_by_batch_forward(
+    options: _Options,
+    params: BatchNormParams,
+    x: jax.Array,
+    weights: jax.Array | None,
+) -> tuple[tuple[jax.Array, Moments], _Residuals]:
+    layout = options.layout
+    batch = shared_moments(x, layout, weights, options.axis_name, options.groups)
+    inverse_std = jax.lax.rsqrt(batch.var + options.eps)
+    normalised = _standardise(layout, x, batch.mean, inverse_std)
+    y = _finish(layout, options.activation, params, normalised, weights)
+    residuals = _Residuals(params, x, weights, batch.count, batch.mean, inverse_std)
+    return (y.astype(x.dtype), batch), residuals
+
+
+def _normalise_by_batch_backward(
+    options: _Options,
+    residuals: _Residuals,
+    cotangents: tuple[jax.Array, Moments],
+) -> tuple[BatchNormParams, jax.Array, jax.Array | None]:
+    """Section 3's gradients, with the sums over the batch gathered first.
+
+    With xhat the normalised values, g the output's cotangent where the activation
+    passes it, w the weights, m their sum, b = sum(g) and s = sum(g * xhat):
+
+      dbias = b,  dscale = s,  dx = scale / std * (g - w * (b + xhat * s) / m)
+      dw = -scale * (b * xhat + s * (xhat^2 - var / (var + eps)) / 2) / m
+
+    The moments' own cotangents are dropped: they only feed the statistics.
+    """
+    params, x, weights, count, mean, inverse_std = residuals
+    layout = options.layout
+    grad = cotangents[0].astype(mean.dtype)
+    normalised = _standardise(layout, x, mean, inverse_std)
+    passes = None if weights is None else weights != 0
+    if passes is not None:
+        normalised = jnp.where(passes, normalised, 0)
+    if options.activation == "relu":
+        positive = _scale_and_shift(layout, params, normalised) > 0
+        passes = positive if passes is None else passes & positive
+    if passes is not None:
+        grad = jnp.where(passes, grad, 0)
+
+    local_sums = jnp.stack(
+        [
+            jnp.sum(grad, axis=layout.position_axes),
+            jnp.sum(grad * normalised, axis=layout.position_axes),
+        ]
+    )
+    sums = collectives.group_sum(local_sums, options.axis_name, options.groups)
+    grad_sum, product_sum = (layout.expand(total) for total in sums)
+
+    scale = jnp.ones_like(mean) if params.scale is None else params.scale
+    scale = layout.expand(scale.astype(mean.dtype))
+    m = layout.expand(nonzero_count(count))
+    through_moments = (grad_sum + normalised * product_sum) / m
+    if weights is not None:
+        through_moments = weights * through_moments
+    grad_x = scale * layout.expand(inverse_std) * (grad - through_moments)
+
+    grad_weights = None
+    if weights is not None:
+        explained = 1 - options.eps * layout.expand(jnp.square(inverse_std))
+        per_value = (
+            grad_sum * normalised + product_sum * (jnp.square(normalised) - explained) / 2
+        )
+        grad_weights = jnp.where(weights == 0, 0, -scale * per_value / m)
+        shared_axes = [i for i, size in enumerate(weights.shape) if size == 1]
+        grad_weights = jnp.sum(grad_weights, axis=shared_axes, keepdims=True)
+        grad_weights = collectives.match_varying(grad_weights, weights)
+
+    def grad_param(row: int, param: jax.Array | None) -> jax.Array | None:
+        if param is None:
+            return None
+        total_axes = _axes(options.axis_name) if options.groups is None else frozenset()
+        return collectives.match_varying(
+            local_sums[row], param, sums[row], total_axes
+        ).astype(param.dtype)
+
+    return (
+        BatchNormParams(grad_param(1, params.scale), grad_param(0, params.bias)),
+        collectives.match_varying(grad_x.astype(x.dtype), x),
+        grad_weights,
+    )
+
+
+_normalise_by_batch.defvjp(_normalise_by_batch_forward, _normalise_by_batch_backward)
+
+
+def _axes(axis_name: AxisName | None) -> frozenset:
+    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    return frozenset(names) - {None}
+
+
+def _standardise(
+    layout: Layout, x: jax.Array, mean: jax.Array, inverse_std: jax.Array
+) -> jax.Array:
+    # Centred before it is scaled: x * inverse_std alone rounds away the difference
+    # from the mean when the mean is large.
+    centred = x.astype(mean.dtype) - layout.expand(mean)
+    return centred * layout.expand(inverse_std)
+
+
+def _scale_and_shift(
+    layout: Layout, params: BatchNormParams, normalised: jax.Array
+) -> jax.Array:
+    y = normalised
+    if params.scale is not None:
+        y = y * layout.expand(params.scale.astype(y.dtype))
+    if params.bias is not None:
+        y = y + layout.expand(params.bias.astype(y.dtype))
+    return y
+
+
+def _finish(
+    layout: Layout,
+    activation: str | None,
+    params: BatchNormParams,
+    normalised: jax.Array,
+    weights: jax.Array | None,
+) -> jax.Array:
+    y = _scale_and_shift(layout, params, normalised)
+    if activation == "relu":
+        y = jnp.maximum(y, 0)
+    return y if weights is None else jnp.where(weights == 0, 0, y)

@@ -1,0 +1,1 @@
+"""Training loops that reproduce the experiments of Ioffe & Szegedy 2015."""
