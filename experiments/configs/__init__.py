@@ -1,0 +1,1 @@
+"""One file per experiment: every choice it makes, with its reason."""

@@ -1,0 +1,151 @@
+"""What a trained network is worth: accuracy, statistics and distributions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.parallel import DEVICE_AXIS
+from experiments.training import Batch, TrainState, take_batch
+
+
+def count_correct(
+    models: Mapping[str, nn.Module],
+    pixel_scale: float,
+    states: Mapping[str, TrainState],
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> dict[str, jax.Array]:
+    """Counts right answers at inference, over all devices.
+
+    Args:
+      models: the networks by name.
+      pixel_scale: what a stored pixel is multiplied by.
+      states: a state a network; every array has a leading axis (replicas).
+      images: (examples, inputs), uint8: this device's share.
+      labels: (examples,), int32.
+      mask: (examples,), bool: False for padding.
+
+    Returns:
+      For each network (replicas,), int32.
+    """
+    inputs = images.astype(jnp.float32) * pixel_scale
+
+    def correct(model: nn.Module, state: TrainState) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = model.apply(variables, inputs, train=False)
+        hits = (jnp.argmax(logits, axis=-1) == labels) & mask
+        return jax.lax.psum(jnp.sum(hits, dtype=jnp.int32), DEVICE_AXIS)
+
+    return {
+        name: jax.vmap(lambda state, model=model: correct(model, state))(states[name])
+        for name, model in models.items()
+    }
+
+
+def pad_and_mask(
+    images: np.ndarray, labels: np.ndarray, multiple: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pads a data set to a multiple of the devices, so that no example is left out.
+
+    Returns:
+      Images, labels and the mask that is False for padding.
+    """
+    padding = -len(images) % multiple
+    return (
+        np.pad(images, [(0, padding), (0, 0)]),
+        np.pad(labels, (0, padding)),
+        np.arange(len(images) + padding) < len(images),
+    )
+
+
+def population_statistics(
+    models: Mapping[str, nn.Module],
+    pixel_scale: float,
+    states: Mapping[str, TrainState],
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+) -> dict[str, Any]:
+    """Population statistics as the paper's Algorithm 2 has them.
+
+    The average, over training batches, of the batch means and of the unbiased batch
+    variances, with the parameters fixed and every layer normalising by its own batch.
+    A network whose statistics forget at once (decay 0) leaves those of one batch in
+    `batch_stats`, so what is averaged are these.
+
+    Args:
+      models: the networks by name; those with batch normalisation have an attribute
+        `decay`.
+      pixel_scale: what a stored pixel is multiplied by.
+      states: a state a network; every array has a leading axis (replicas).
+      images: (examples, inputs), uint8: all of the training set.
+      labels: (examples,), int32.
+      indices: (batches, replicas, batch), int32: this device's share of each batch.
+
+    Returns:
+      For each network a collection `batch_stats`, with the leading axis (replicas).
+    """
+
+    def one_batch(model: nn.Module, state: TrainState, batch: Batch) -> Any:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        forgetful = model.clone(decay=0.0)
+        _, updated = forgetful.apply(
+            variables, batch.inputs, train=True, mutable=["batch_stats"]
+        )
+        return updated.get("batch_stats", {})
+
+    def add(total: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], None]:
+        batch = take_batch(images, labels, index, pixel_scale)
+        new = {
+            name: jax.vmap(lambda s, b, model=model: one_batch(model, s, b))(
+                states[name], batch
+            )
+            for name, model in models.items()
+        }
+        return jax.tree.map(jnp.add, total, new), None
+
+    nothing = {
+        name: jax.tree.map(jnp.zeros_like, states[name].batch_stats) for name in models
+    }
+    total, _ = jax.lax.scan(add, nothing, indices)
+    return jax.tree.map(lambda value: value / indices.shape[0], total)
+
+
+def sigmoid_inputs(
+    models: Mapping[str, nn.Module],
+    pixel_scale: float,
+    states: Mapping[str, TrainState],
+    images: jax.Array,
+) -> dict[str, jax.Array]:
+    """What the last hidden layer's sigmoids receive in the training network.
+
+    Runs on whole arrays, outside any map over devices.
+
+    Args:
+      models: the networks by name.
+      pixel_scale: what a stored pixel is multiplied by.
+      states: a state a network; every array has a leading axis (replicas).
+      images: (examples, inputs), uint8: they normalise as one batch.
+
+    Returns:
+      For each network (replicas, examples, units), float32.
+    """
+    inputs = images.astype(jnp.float32) * pixel_scale
+
+    def probe(model: nn.Module, state: TrainState) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        collections = ["intermediates", "batch_stats"]
+        alone = model.clone(axis_name=None)
+        _, seen = alone.apply(variables, inputs, train=True, mutable=collections)
+        (values,) = seen["intermediates"]["sigmoid_input"]
+        return values
+
+    return {
+        name: jax.vmap(lambda state, model=model: probe(model, state))(states[name])
+        for name, model in models.items()
+    }

@@ -1,0 +1,48 @@
+"""Trains the network of section 4.1 with and without batch normalisation.
+
+    python -m experiments.mnist [--workdir=runs/mnist] [--config.KEY=VALUE ...]
+
+Both networks, several seeds each, train side by side on the bundled MNIST or on any
+image classification set that tensorflow-datasets has prepared in --data_dir. The
+workdir receives figure 1 of the paper (figure1.png and .svg), or accuracy against rate
+(rates.png and .svg) when several learning rates are given; summary.json, metrics.jsonl,
+percentiles.jsonl, TensorBoard events, the configuration, and checkpoints.
+
+A run that was stopped, in whatever way, goes on from its last checkpoint when started
+again with the same workdir, and ends with the same numbers.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import commands
+from experiments.configs import mnist as default_config
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    default_config.__file__,
+    "File with get_config(); a colon and a variant may follow (:rates sweeps learning "
+    "rates and initial weights).",
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/mnist", "Folder for the results; a stopped run goes on there."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of prepared tensorflow-datasets; without it, mnist is the bundled one.",
+)
+
+
+def main() -> None:
+    """Runs the experiment that the flags describe."""
+    # Imported here so that --help and wrong flags are answered at once.
+    from experiments.mnist_training import run
+
+    run(_CONFIG.value.to_dict(), Path(_WORKDIR.value), _DATA_DIR.value)
+
+
+if __name__ == "__main__":
+    commands.launch(main, default_config.KEYS, __doc__)

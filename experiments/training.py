@@ -1,0 +1,137 @@
+"""The state of a training run, one step of it, and many steps in one compiled loop."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.parallel import DEVICE_AXIS
+
+
+class TrainState(NamedTuple):
+    """What a training step reads and writes, and a checkpoint holds."""
+
+    step: jax.Array  # (), int32: steps done
+    params: Any  # Flax collection
+    batch_stats: Any  # Flax collection; empty without batch normalisation
+    opt_state: optax.OptState
+
+
+class Batch(NamedTuple):
+    """Examples of one step on one device."""
+
+    inputs: jax.Array  # (examples, inputs), float32
+    labels: jax.Array  # (examples,), int32
+
+
+def make_optimiser() -> optax.GradientTransformation:
+    """Plain SGD whose learning rate is part of its state.
+
+    So that one compiled step serves runs of several rates side by side.
+    """
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
+
+
+def init_state(
+    model: nn.Module,
+    num_inputs: int,
+    key: jax.Array,
+    learning_rate: float | jax.Array,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      model: called as model(inputs, train=...).
+      num_inputs: size of an input vector.
+      key: a random key for the weights.
+      learning_rate: SGD's; may be traced.
+    """
+    variables = model.init(key, jnp.zeros((1, num_inputs)), train=True)
+    params = variables["params"]
+    opt_state = make_optimiser().init(params)
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=opt_state,
+    )
+
+
+def train_step(
+    model: nn.Module, state: TrainState, batch: Batch
+) -> tuple[TrainState, jax.Array]:
+    """One step of SGD on the mean cross-entropy over all devices' batches.
+
+    Runs on one device, inside a map that names `DEVICE_AXIS`.
+
+    Returns:
+      The new state and the loss, (), float32; both the same on all devices.
+    """
+
+    def loss_of(params: Any) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(
+            variables, batch.inputs, train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return jnp.mean(losses), updated.get("batch_stats", {})
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    # Averaged after the gradient: averaging the loss inside it would give each
+    # device's gradient a second sum over devices.
+    loss, grads = jax.lax.pmean((loss, grads), DEVICE_AXIS)
+    updates, opt_state = make_optimiser().update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), loss
+
+
+def train_steps(
+    models: Mapping[str, nn.Module],
+    pixel_scale: float,
+    states: Mapping[str, TrainState],
+    images: jax.Array,
+    labels: jax.Array,
+    indices: jax.Array,
+) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
+    """Many steps of several networks, of several replicas each, in one `lax.scan`.
+
+    Every network sees the same batches, and every replica its own.
+
+    Args:
+      models: the networks by name.
+      pixel_scale: what a stored pixel is multiplied by.
+      states: a state a network; every array has a leading axis (replicas).
+      images: (examples, inputs), uint8: all of the training set.
+      labels: (examples,), int32.
+      indices: (steps, replicas, batch), int32: this device's share of each batch.
+
+    Returns:
+      New states, and each network's loss, (replicas,), averaged over the steps.
+    """
+
+    def step(
+        states: dict[str, TrainState], index: jax.Array
+    ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
+        batch = take_batch(images, labels, index, pixel_scale)
+        results = {
+            name: jax.vmap(functools.partial(train_step, model))(states[name], batch)
+            for name, model in models.items()
+        }
+        new_states = {name: state for name, (state, _) in results.items()}
+        return new_states, {name: loss for name, (_, loss) in results.items()}
+
+    new_states, losses = jax.lax.scan(step, dict(states), indices)
+    return new_states, jax.tree.map(lambda loss: jnp.mean(loss, axis=0), losses)
+
+
+def take_batch(
+    images: jax.Array, labels: jax.Array, index: jax.Array, pixel_scale: float
+) -> Batch:
+    """Gathers examples by index, of any shape, as network inputs."""
+    return Batch(images[index].astype(jnp.float32) * pixel_scale, labels[index])

@@ -1,0 +1,81 @@
+"""The folder of one run: its configuration, its owner, and files written whole."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class WorkdirError(RuntimeError):
+    """The folder of a run cannot be used."""
+
+
+def open_workdir(workdir: Path, config: Mapping[str, Any]) -> TextIO:
+    """Makes the folder, or takes up an earlier run of the same configuration.
+
+    Args:
+      workdir: the folder; made if it is missing.
+      config: plain values; written to `config.json` there.
+
+    Returns:
+      A lock that holds as long as it is open: no second process may write here.
+
+    Raises:
+      WorkdirError: the folder cannot be written, is in use, or belongs to a run of
+        another configuration.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot write to the workdir {workdir} ({error.strerror}); choose another "
+            "with --workdir."
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise WorkdirError(
+            f"another process is writing to {workdir}; wait for it, or choose another "
+            "folder with --workdir."
+        ) from None
+    _check_same_config(workdir, json.loads(json.dumps(config)))
+    return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a killed run, never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _check_same_config(workdir: Path, config: dict[str, Any]) -> None:
+    path = workdir / "config.json"
+    if not path.exists():
+        write_whole(path, json.dumps(config, indent=2) + "\n")
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise WorkdirError(
+            f"{path} is damaged ({error}); restore it, or choose another --workdir."
+        ) from None
+    absent = "absent"
+    differences = [
+        f"{key}: {earlier.get(key, absent)} there, {config.get(key, absent)} now"
+        for key in sorted(earlier.keys() | config.keys())
+        if earlier.get(key, absent) != config.get(key, absent)
+    ]
+    if differences:
+        raise WorkdirError(
+            f"{workdir} holds a run of another configuration: "
+            f"{'; '.join(differences)}. Choose another --workdir, or give that "
+            "configuration to go on with it."
+        )
