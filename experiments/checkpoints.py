@@ -11,13 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.training import TrainState
+from experiments.workdir import WorkdirError
 
 # What a checkpoint holds apart, so that each can be restored without the others.
 ARRAY_ITEMS = TrainState._fields
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read."""
+class CheckpointError(WorkdirError):
+    """A checkpoint cannot be read or written."""
 
 
 class Checkpoints:

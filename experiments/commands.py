@@ -1,61 +1,88 @@
-"""What every command shares: flags, help, and errors as one line."""
+"""What every command shares: its configuration, help, and errors as one line."""
 
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
-from experiments.checkpoints import CheckpointError
 from experiments.configuration import ConfigError
 from experiments.data.errors import DataError
 from experiments.parallel import DeviceError
 from experiments.workdir import WorkdirError
 
 # Mistakes of the user or faults of the machine: no traceback helps with them.
-EXPECTED_ERRORS = (CheckpointError, ConfigError, DataError, DeviceError, WorkdirError)
+EXPECTED_ERRORS = (ConfigError, DataError, DeviceError, WorkdirError)
 INTERRUPTED = 130  # the exit code that shells give to a process that SIGINT ended
 
 
 def launch(
-    main: Callable[[], None], keys: Mapping[str, tuple[Any, str]], documentation: str
+    main: Callable[[dict[str, Any]], None],
+    configuration: ModuleType,
+    documentation: str | None,
 ) -> None:
     """Parses the command line and runs a command.
 
-    Exits with 0 on success, 1 on an error that the message explains, and 130 when
+    Exits with 0 on success, 1 after an error that one line explains, and 130 when
     interrupted from the keyboard.
 
     Args:
-      main: the command, called when flags are parsed.
-      keys: each configuration key's default and meaning, for --help and for the error
-        that follows an unknown key.
+      main: the command, called with the configuration when flags are parsed.
+      configuration: the module of the default configuration. It has `get_config`, and
+        `KEYS`: for each key its default and meaning.
       documentation: what --help says first.
     """
-    # absl prints the docstring of __main__ above the flags.
-    sys.modules["__main__"].__doc__ = documentation + _describe(keys)
+    flag = config_flags.DEFINE_config_file(
+        "config",
+        None,  # put in by `parse`: ml_collections looks at overrides of a default early
+        "File with get_config(); a colon and a variant may follow. "
+        f"(default: {configuration.__file__})",
+    )
 
-    def parse(arguments: Sequence[str]) -> Sequence[str]:
+    def parse(arguments: Sequence[str]) -> list[str]:
+        if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
+            # absl prints the docstring of __main__, and would exit with 1.
+            sys.modules["__main__"].__doc__ = (documentation or "") + _describe(
+                configuration
+            )
+            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+        program, *given = arguments
+        if not any(
+            argument.lstrip("-").split("=")[0] == "config" for argument in given
+        ):
+            given.insert(0, f"--config={configuration.__file__}")
         try:
-            return app.parse_flags_with_usage(list(arguments))
+            remaining: list[str] = flags.FLAGS([program, *given])
+            # A file that cannot be read shows only now.
+            _ = flag.value.keys()
         except AttributeError as error:
-            # ml_collections' way to say that --config.KEY is unknown.
-            hint = " ".join(str(error.args[0]).replace("\\'", "'").split())
-            _fail(f"unknown configuration key: {hint.strip(chr(34))} ({_names(keys)})")
+            # How ml_collections says that a key is unknown.
+            key = re.search(r"\w+", str(error))
+            _fail(
+                f"unknown configuration key {key.group() if key else error}; the keys "
+                f"are {', '.join(sorted(configuration.KEYS))}."
+            )
+        except (flags.Error, OSError, TypeError, ValueError) as error:
+            # A configuration file's own error comes with its traceback before it.
+            *_, last = str(error).strip().splitlines()
+            _fail(f"{last.removeprefix('ValueError: ')} (see --help)")
+        return remaining
 
     def run(arguments: Sequence[str]) -> None:
         if flags.FLAGS["verbosity"].using_default_value:
             # Orbax tells every file it touches.
             logging.set_verbosity(logging.WARNING)
         if len(arguments) > 1:
-            _fail(f"unexpected argument {arguments[1]!r}; see --help.")
+            _fail(f"unexpected argument {arguments[1]!r} (see --help)")
         try:
-            main()
+            main(flag.value.to_dict())
         except EXPECTED_ERRORS as error:
             _fail(str(error))
         except OSError as error:
-            _fail(
-                f"{error}; the run goes on from its last checkpoint if started again."
-            )
+            _fail(f"{error}; the same command goes on from the last checkpoint.")
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the last checkpoint.")
             sys.exit(INTERRUPTED)
@@ -68,13 +95,9 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _names(keys: Iterable[str]) -> str:
-    return f"the keys are: {', '.join(sorted(keys))}"
-
-
-def _describe(keys: Mapping[str, tuple[Any, str]]) -> str:
+def _describe(configuration: ModuleType) -> str:
     lines = [
         f"  --config.{key}={default}\n      {meaning}"
-        for key, (default, meaning) in keys.items()
+        for key, (default, meaning) in configuration.KEYS.items()
     ]
     return "\nConfiguration keys and their defaults:\n" + "\n".join(lines)

@@ -1,11 +1,26 @@
 """Checks of an experiment's configuration, before any long work starts."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 class ConfigError(ValueError):
     """A configuration value makes no sense."""
+
+
+def check_keys(config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Checks that a configuration, which may come from a user's file, is complete.
+
+    Raises:
+      ConfigError: keys are missing.
+    """
+    missing = sorted(set(keys) - set(config))
+    if missing:
+        raise ConfigError(
+            f"the configuration lacks {', '.join(missing)}; start from get_config() of "
+            "the experiment's own file."
+        )
 
 
 def check_at_least(config: Mapping[str, Any], minimum: float, *keys: str) -> None:
@@ -16,7 +31,7 @@ def check_at_least(config: Mapping[str, Any], minimum: float, *keys: str) -> Non
     """
     for key in keys:
         for value in as_tuple(config[key]):
-            if not value >= minimum:
+            if not (isinstance(value, int | float) and value >= minimum):
                 raise ConfigError(
                     f"--config.{key}={config[key]}: expected at least {minimum}."
                 )
@@ -30,7 +45,7 @@ def check_positive(config: Mapping[str, Any], *keys: str) -> None:
     """
     for key in keys:
         for value in as_tuple(config[key]):
-            if not 0 < value < float("inf"):
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(
                     f"--config.{key}={config[key]}: expected a positive number."
                 )

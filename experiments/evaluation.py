@@ -37,7 +37,7 @@ def count_correct(
 
     def correct(model: nn.Module, state: TrainState) -> jax.Array:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = model.apply(variables, inputs, train=False)
+        logits: Any = model.apply(variables, inputs, train=False)
         hits = (jnp.argmax(logits, axis=-1) == labels) & mask
         return jax.lax.psum(jnp.sum(hits, dtype=jnp.int32), DEVICE_AXIS)
 

@@ -1,6 +1,7 @@
 """Trains the network of section 4.1 with and without batch normalisation.
 
     python -m experiments.mnist [--workdir=runs/mnist] [--config.KEY=VALUE ...]
+    python -m experiments.mnist --config=experiments/configs/mnist.py:rates
 
 Both networks, several seeds each, train side by side on the bundled MNIST or on any
 image classification set that tensorflow-datasets has prepared in --data_dir. The
@@ -13,19 +14,13 @@ again with the same workdir, and ends with the same numbers.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import commands
 from experiments.configs import mnist as default_config
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    default_config.__file__,
-    "File with get_config(); a colon and a variant may follow (:rates sweeps learning "
-    "rates and initial weights).",
-)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/mnist", "Folder for the results; a stopped run goes on there."
 )
@@ -36,13 +31,13 @@ _DATA_DIR = flags.DEFINE_string(
 )
 
 
-def main() -> None:
-    """Runs the experiment that the flags describe."""
+def main(config: dict[str, Any]) -> None:
+    """Runs the experiment that the configuration and the flags describe."""
     # Imported here so that --help and wrong flags are answered at once.
     from experiments.mnist_training import run
 
-    run(_CONFIG.value.to_dict(), Path(_WORKDIR.value), _DATA_DIR.value)
+    run(config, Path(_WORKDIR.value), _DATA_DIR.value)
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config.KEYS, __doc__)
+    commands.launch(main, default_config, __doc__)

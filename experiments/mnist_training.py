@@ -16,10 +16,12 @@ from tensorboardX import SummaryWriter
 
 from experiments import evaluation, figures, mnist_summary, parallel, training
 from experiments.checkpoints import Checkpoints
+from experiments.configs.mnist import KEYS
 from experiments.configuration import (
     ConfigError,
     as_tuple,
     check_at_least,
+    check_keys,
     check_positive,
 )
 from experiments.data.batches import batch_indices
@@ -92,6 +94,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: one makes no sense.
     """
+    check_keys(config, KEYS)
     check_at_least(
         config,
         1,
