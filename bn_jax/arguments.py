@@ -15,11 +15,11 @@ ACTIVATIONS = (None, "relu")
 
 
 def check_eps(eps: float) -> None:
-    """eps is a finite positive number."""
+    """Eps is a finite positive number."""
     if not isinstance(eps, numbers.Real | np.number):
         raise TypeError(
-            f"eps must be a number known when tracing, got {type(eps).__name__}; pass a "
-            "Python float."
+            f"eps must be a number known when tracing, got {type(eps).__name__}; pass "
+            "a Python float."
         )
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, got {eps}; 1e-3 is usual.")
@@ -27,7 +27,16 @@ def check_eps(eps: float) -> None:
 
 def check_decay(decay: float | jax.Array) -> None:
     """A decay is within [0, 1], where its value is known when tracing."""
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay <= 1:
+    if isinstance(decay, jax.core.Tracer):
+        return
+    # In NumPy: JAX would trace the comparison of a concrete array, too.
+    value = np.asarray(decay)
+    if not jnp.issubdtype(value.dtype, jnp.number):
+        raise TypeError(
+            f"decay must be a number, got {type(decay).__name__}; pass a float or a "
+            "scalar array."
+        )
+    if not np.all((value >= 0) & (value <= 1)):
         raise ValueError(
             f"decay must be within [0, 1], got {decay}; the statistics become "
             "decay * old + (1 - decay) * batch."
@@ -38,8 +47,8 @@ def check_activation(activation: str | None) -> None:
     """The activation is one that is fused."""
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation must be one of {ACTIVATIONS}, got {activation!r}; apply others "
-            "to the output."
+            f"activation must be one of {ACTIVATIONS}, got {activation!r}; apply "
+            "others to the output."
         )
 
 
@@ -47,15 +56,17 @@ def check_params(params: BatchNormParams, x: jax.Array, layout: Layout) -> None:
     """Scale and bias fit the features of x."""
     if not (isinstance(params, tuple) and hasattr(params, "scale")):
         raise TypeError(
-            f"params must be BatchNormParams(scale, bias), got {type(params).__name__}; "
-            "make them with init_params(num_features)."
+            "params must be BatchNormParams(scale, bias), got "
+            f"{type(params).__name__}; make them with init_params(num_features)."
         )
     for name, value in params._asdict().items():
         if value is not None:
             _check_feature_shape(f"params.{name}", value, x, layout)
 
 
-def check_stats(stats: BatchStats, x: jax.Array, layout: Layout, *, train: bool) -> None:
+def check_stats(
+    stats: BatchStats, x: jax.Array, layout: Layout, *, train: bool
+) -> None:
     """Statistics are there, fit the features of x, and are precise enough to update."""
     if stats is None:
         raise ValueError(
@@ -92,9 +103,10 @@ def _check_feature_shape(
 ) -> None:
     if jnp.shape(value) != layout.feature_shape:
         raise ValueError(
-            f"{name} has shape {jnp.shape(value)}, but x of shape {x.shape} has features "
-            f"of shape {layout.feature_shape} along axes {layout.feature_axes}; make "
-            "params and stats for that number of features, or pass another axis."
+            f"{name} has shape {jnp.shape(value)}, but x of shape {x.shape} has "
+            f"features of shape {layout.feature_shape} along axes "
+            f"{layout.feature_axes}; make params and stats for that number of "
+            "features, or pass another axis."
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {value.dtype}.")

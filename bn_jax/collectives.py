@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = Hashable | tuple[Hashable, ...]
+AxisName = Hashable | Sequence[Hashable]
 AxisIndexGroups = Sequence[Sequence[int]]
 
 
@@ -100,6 +100,15 @@ def group_sum(
     if groups is None:
         return lax.psum(value, axis_name)
     return gather(value, axis_name, groups).sum(0)
+
+
+def summed_axes(
+    axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None
+) -> frozenset[Hashable]:
+    """The axes that `group_sum` sums over whole: none when it sums within groups."""
+    if axis_name is None or groups is not None:
+        return frozenset()
+    return frozenset(axis_name if isinstance(axis_name, tuple | list) else (axis_name,))
 
 
 def varying_axes(value: jax.Array) -> frozenset[Hashable]:

@@ -19,9 +19,10 @@ class Moments(NamedTuple):
     exactly.
     """
 
-    count: jax.Array  # (features), float32 or float64: number, or total weight, of values
-    mean: jax.Array  # (features), same dtype; 0 where count is 0
-    var: jax.Array  # (features), same dtype: biased, sum((x - mean)^2) / count
+    # All (features), float32 or float64.
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count; values, or weight
+    mean: jax.Array  # 0 where count is 0
+    var: jax.Array  # biased: sum((x - mean)^2) / count
 
 
 def moments(
@@ -87,7 +88,8 @@ def merge_moments(*parts: Moments) -> Moments:
             "merge_moments expects one or more Moments of one shape, got "
             f"{len(parts)} with shapes {sorted(shapes)}."
         )
-    return _merge_stacked(Moments(*(jnp.stack(field) for field in zip(*parts))))
+    stacked = (jnp.stack(field) for field in zip(*parts, strict=True))
+    return _merge_stacked(Moments(*stacked))
 
 
 def statistics_dtype(x: jax.Array) -> jnp.dtype:
@@ -116,7 +118,7 @@ def check_weights(x: jax.Array, weights: jax.Array | None) -> jax.Array | None:
         return None
     weights = jnp.asarray(weights)
     if weights.ndim != x.ndim or any(
-        size not in (1, full) for size, full in zip(weights.shape, x.shape)
+        size not in (1, full) for size, full in zip(weights.shape, x.shape, strict=True)
     ):
         one_per_example = x.shape[:1] + (1,) * (x.ndim - 1)
         raise ValueError(
@@ -156,6 +158,11 @@ def _local_moments(x: jax.Array, layout: Layout, weights: jax.Array | None) -> M
         total = _weighted_sum(jnp.ones((), x.dtype), layout, weights, x.shape)
     divisor = nonzero_count(total)
     rough_mean = _weighted_sum(x, layout, weights, x.shape) / divisor
+    # One bit less: a rounding that no compiler can fuse away. Where it divides by
+    # multiplying, it would add the correction to a mean that was never rounded, and
+    # that the deviations were not taken from.
+    finfo = jnp.finfo(x.dtype)
+    rough_mean = jax.lax.reduce_precision(rough_mean, finfo.nexp, finfo.nmant - 1)
     deviation = x - layout.expand(rough_mean)
     correction = _weighted_sum(deviation, layout, weights, x.shape) / divisor
     square = _weighted_sum(deviation * deviation, layout, weights, x.shape) / divisor

@@ -54,7 +54,7 @@ def update_stats(
         var = var * (m / (m - 1))
 
     def move(old: jax.Array, new: jax.Array) -> jax.Array:
-        moved = decay * old + (1 - decay) * new
+        moved = decay * old + (1 - decay) * new.astype(old.dtype)
         return jnp.where(batch.count > 0, moved, old).astype(old.dtype)
 
     moved = BatchStats(move(stats.mean, batch.mean), move(stats.var, var))

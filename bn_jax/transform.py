@@ -122,7 +122,7 @@ class _Residuals(NamedTuple):
     params: BatchNormParams
     x: jax.Array  # in its own dtype
     weights: jax.Array | None
-    count: jax.Array  # (features), over all devices that share moments
+    total_weight: jax.Array  # (features), over all devices that share moments
     mean: jax.Array  # (features)
     inverse_std: jax.Array  # (features), 1 / sqrt(var + eps)
 
@@ -183,9 +183,11 @@ def _normalise_by_batch_backward(
       dbias = b,  dscale = s,  dx = scale / std * (g - w * (b + xhat * s) / m)
       dw = -scale * (b * xhat + s * (xhat^2 - var / (var + eps)) / 2) / m
 
-    The moments' own cotangents are dropped: they only feed the statistics.
+    Devices that share moments may hold different scales: in dx and dw, scale * b and
+    scale * s are sums over the devices of each one's product. The moments' own
+    cotangents are dropped: they only feed the statistics.
     """
-    params, x, weights, count, mean, inverse_std = residuals
+    params, x, weights, total_weight, mean, inverse_std = residuals
     layout = options.layout
     grad = cotangents[0].astype(mean.dtype)
     normalised = _standardise(layout, x, mean, inverse_std)
@@ -198,55 +200,60 @@ def _normalise_by_batch_backward(
     if passes is not None:
         grad = jnp.where(passes, grad, 0)
 
-    local_sums = jnp.stack(
+    scale = jnp.ones_like(mean) if params.scale is None else params.scale
+    scale = scale.astype(mean.dtype)
+    sums = jnp.stack(
         [
             jnp.sum(grad, axis=layout.position_axes),
             jnp.sum(grad * normalised, axis=layout.position_axes),
         ]
     )
-    sums = collectives.group_sum(local_sums, options.axis_name, options.groups)
-    grad_sum, product_sum = (layout.expand(total) for total in sums)
-
-    scale = jnp.ones_like(mean) if params.scale is None else params.scale
-    scale = layout.expand(scale.astype(mean.dtype))
-    m = layout.expand(nonzero_count(count))
-    through_moments = (grad_sum + normalised * product_sum) / m
+    # Devices may hold different scales, so what flows through the moments they share is
+    # scaled before it is summed. The unscaled sums come along for parameters that are
+    # one for all devices, whose gradients would need a collective of their own.
+    totals = collectives.group_sum(
+        jnp.concatenate([scale[None] * sums, sums]), options.axis_name, options.groups
+    )
+    scaled_grad_sum, scaled_product_sum = (layout.expand(row) for row in totals[:2])
+    m = layout.expand(nonzero_count(total_weight))
+    through_moments = (scaled_grad_sum + normalised * scaled_product_sum) / m
     if weights is not None:
         through_moments = weights * through_moments
-    grad_x = scale * layout.expand(inverse_std) * (grad - through_moments)
+    grad_x = layout.expand(inverse_std) * (
+        layout.expand(scale) * grad - through_moments
+    )
 
     grad_weights = None
     if weights is not None:
-        explained = 1 - options.eps * layout.expand(jnp.square(inverse_std))
+        var_share = 1 - options.eps * layout.expand(jnp.square(inverse_std))
         per_value = (
-            grad_sum * normalised + product_sum * (jnp.square(normalised) - explained) / 2
+            scaled_grad_sum * normalised
+            + scaled_product_sum * (jnp.square(normalised) - var_share) / 2
         )
-        grad_weights = jnp.where(weights == 0, 0, -scale * per_value / m)
+        grad_weights = jnp.where(weights == 0, 0, -per_value / m)
         shared_axes = [i for i, size in enumerate(weights.shape) if size == 1]
         grad_weights = jnp.sum(grad_weights, axis=shared_axes, keepdims=True)
         grad_weights = collectives.match_varying(grad_weights, weights)
 
+    summed_axes = collectives.summed_axes(options.axis_name, options.groups)
+
     def grad_param(row: int, param: jax.Array | None) -> jax.Array | None:
         if param is None:
             return None
-        total_axes = _axes(options.axis_name) if options.groups is None else frozenset()
-        return collectives.match_varying(
-            local_sums[row], param, sums[row], total_axes
-        ).astype(param.dtype)
+        total = totals[2 + row]
+        matching = collectives.match_varying(sums[row], param, total, summed_axes)
+        return matching.astype(param.dtype)
 
     return (
-        BatchNormParams(grad_param(1, params.scale), grad_param(0, params.bias)),
+        BatchNormParams(
+            scale=grad_param(1, params.scale), bias=grad_param(0, params.bias)
+        ),
         collectives.match_varying(grad_x.astype(x.dtype), x),
         grad_weights,
     )
 
 
 _normalise_by_batch.defvjp(_normalise_by_batch_forward, _normalise_by_batch_backward)
-
-
-def _axes(axis_name: AxisName | None) -> frozenset:
-    names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    return frozenset(names) - {None}
 
 
 def _standardise(

@@ -1,0 +1,102 @@
+"""Rounding error against float64, and against the best that Flax can do."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import linen
+
+from tests.bn_jax.reference import (
+    Problem,
+    Step,
+    actual_step,
+    expected_step,
+    lenient,
+    make_problem,
+)
+from tests.bn_jax.sharing import shared_step
+
+SHAPES = [(64, 8), (4096, 4), (8, 14, 14, 16), (32, 3)]
+SEEDS = range(5)
+
+
+def make_hard_problem(shape: tuple[int, ...], mean: float, seed: int) -> Problem:
+    """Standard deviation 1 about a mean far from zero, and the identity after it."""
+    problem = make_problem(shape, seed=seed)
+    rng = np.random.default_rng(seed)
+    features = shape[-1]
+    ones = np.ones(features, np.float32)
+    params = problem.params._replace(scale=ones, bias=0 * ones)
+    x = rng.normal(mean, 1, shape).astype(np.float32)
+    return problem._replace(params=params, x=x)
+
+
+def flax_step(problem: Problem) -> Step:
+    """The same step in Flax with two passes; the statistics are left out."""
+    bn = linen.BatchNorm(
+        use_running_average=False, use_fast_variance=False, epsilon=1e-3
+    )
+    stats = problem.stats._asdict()
+
+    @jax.jit
+    def step(params: Any, x: jax.Array, dy: jax.Array) -> Any:
+        def forward(params: Any, x: jax.Array) -> jax.Array:
+            variables = {"params": params, "batch_stats": stats}
+            return bn.apply(variables, x, mutable=["batch_stats"])[0]
+
+        y, pullback = jax.vjp(forward, params, x)
+        return y, *pullback(dy)
+
+    with lenient():
+        y, grads, dx = step(problem.params._asdict(), problem.x, problem.dy)
+    return Step(y, 0, 0, dx, grads["scale"], grads["bias"])
+
+
+def largest_error(name: str, actual: Step, expected: Step) -> float:
+    return np.abs(np.float64(getattr(actual, name)) - getattr(expected, name)).max()
+
+
+@pytest.mark.parametrize("mean", [0, 300, 1e3, 1e4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_worse_than_two_passes_of_flax(shape, mean):
+    ours, flax = ({name: 0.0 for name in ("y", "dx", "dscale")} for _ in range(2))
+    for seed in SEEDS:
+        problem = make_hard_problem(shape, mean, seed)
+        expected = expected_step(problem)
+        for worst, step in ((ours, actual_step), (flax, flax_step)):
+            actual = step(problem)
+            for name in worst:
+                error = largest_error(name, actual, expected)
+                worst[name] = max(worst[name], error)
+    # Half a unit in the last place of the mean is all that is lost, at a standard
+    # deviation of the sample that may be a little under 1.
+    assert ours["y"] <= 0.6 * np.spacing(np.float32(mean)) + 1e-6
+    assert ours["y"] <= flax["y"] * 1.01
+    # About zero both errors are that of a sum, a few units in the last place.
+    slack = 1.01 if mean else 2
+    assert ours["dx"] <= flax["dx"] * slack
+    assert ours["dscale"] <= flax["dscale"] * slack
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(0, 1e-6), (300, 2e-5), (1e4, 4e-4)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_of_the_input_gradient(shape, mean, limit):
+    for seed in SEEDS:
+        problem = make_hard_problem(shape, mean, seed)
+        step = actual_step(problem, activation="relu")
+        # The reference's mask is ours: at a kink, rounding may pick either side.
+        dy = problem.dy * (np.asarray(step.y) > 0)
+        expected = expected_step(problem._replace(dy=dy))
+        assert np.abs(step.dx - expected.dx).max() <= limit
+
+
+@pytest.mark.parametrize("mean", [0, 300, 1e3, 1e4])
+@pytest.mark.parametrize("mode", ["pmap", "checked"])
+def test_sharing_is_as_accurate(mode, mean):
+    for seed in SEEDS:
+        problem = make_hard_problem((56, 14, 8), mean, seed)
+        step = shared_step(mode, problem, 4)
+        error = np.abs(step.y - expected_step(problem).y).max()
+        # Two roundings: each device's mean, and the mean of them.
+        assert error <= 1.2 * np.spacing(np.float32(mean)) + 1e-6

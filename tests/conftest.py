@@ -1,0 +1,13 @@
+"""The platform that every test runs on: eight host devices, set before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+
+# Collectives that are queued asynchronously can deadlock on forced host devices.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
