@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, and checked when they are read."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,12 @@ class Checkpoints:
         """
         items = _split(states)
         metadata = {"step": step, "checksums": _checksums(items)}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                metadata=ocp.args.JsonSave(metadata),
-                **{name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS},
-            ),
-        )
+        arrays = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **arrays),
+            )
         if not saved:
             raise CheckpointError(
                 f"no checkpoint was written for step {step}: {self._directory} has it, "
@@ -81,19 +81,31 @@ class Checkpoints:
         # Orbax and what it builds on raise whatever the damage happens to break.
         except Exception as error:
             before = f"step {steps[-2]}" if len(steps) > 1 else "the start"
-            cause = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} is damaged ({cause}); move "
-                f"or delete that folder to go on from {before}."
+                f"checkpoint {self._directory / str(step)} is damaged "
+                f"({_cause(error)}); move or delete that folder to go on from {before}."
             ) from error
 
     def wait(self) -> None:
         """Waits until everything that was to be saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and releases the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        # What the background thread raises, a full disk mostly, comes up anywhere here.
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self._directory} ({_cause(error)}); "
+                "after a remedy the same command goes on from the one before."
+            ) from error
 
     def _restore(
         self, step: int, like: Mapping[str, TrainState]
@@ -133,6 +145,10 @@ def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:
         item: {name: getattr(state, item) for name, state in states.items()}
         for item in ARRAY_ITEMS
     }
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _checksums(items: Mapping[str, Any]) -> dict[str, str]:

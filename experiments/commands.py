@@ -1,6 +1,5 @@
 """What every command shares: its configuration, help, and errors as one line."""
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -50,31 +49,33 @@ def launch(
             )
             app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         program, *given = arguments
-        if not any(
-            argument.lstrip("-").split("=")[0] == "config" for argument in given
-        ):
+        names = [argument.lstrip("-").split("=")[0] for argument in given]
+        for name in names:
+            key = name.removeprefix("config.")
+            if key != name and key not in configuration.KEYS:
+                _fail(
+                    f"unknown configuration key {key}; the keys are "
+                    f"{', '.join(sorted(configuration.KEYS))}."
+                )
+        if "config" not in names:
             given.insert(0, f"--config={configuration.__file__}")
         try:
             remaining: list[str] = flags.FLAGS([program, *given])
             # A file that cannot be read shows only now.
             _ = flag.value.keys()
-        except AttributeError as error:
-            # How ml_collections says that a key is unknown.
-            key = re.search(r"\w+", str(error))
-            _fail(
-                f"unknown configuration key {key.group() if key else error}; the keys "
-                f"are {', '.join(sorted(configuration.KEYS))}."
-            )
         except (flags.Error, OSError, TypeError, ValueError) as error:
             # A configuration file's own error comes with its traceback before it.
             *_, last = str(error).strip().splitlines()
             _fail(f"{last.removeprefix('ValueError: ')} (see --help)")
+        # A configuration file may be broken in any way.
+        except Exception as error:
+            _fail(f"the configuration file does not work: {error!r} (see --help)")
+        if flags.FLAGS["verbosity"].using_default_value:
+            # absl would make it INFO, where Orbax tells every file it touches.
+            logging.set_verbosity(logging.WARNING)
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
-            # Orbax tells every file it touches.
-            logging.set_verbosity(logging.WARNING)
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r} (see --help)")
         try:
@@ -100,4 +101,5 @@ def _describe(configuration: ModuleType) -> str:
         f"  --config.{key}={default}\n      {meaning}"
         for key, (default, meaning) in configuration.KEYS.items()
     ]
-    return "\nConfiguration keys and their defaults:\n" + "\n".join(lines)
+    title = "Configuration keys and their defaults; other ones: --config=FILE[:VARIANT]"
+    return "\n".join(["", title, *lines])

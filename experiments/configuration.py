@@ -23,17 +23,18 @@ def check_keys(config: Mapping[str, Any], keys: Iterable[str]) -> None:
         )
 
 
-def check_at_least(config: Mapping[str, Any], minimum: float, *keys: str) -> None:
-    """Checks that values, or all entries of tuples, reach a minimum.
+def check_at_least(config: Mapping[str, Any], minimum: int, *keys: str) -> None:
+    """Checks that values, or all entries of tuples, are int32 and reach a minimum.
 
     Raises:
       ConfigError: one does not.
     """
     for key in keys:
         for value in as_tuple(config[key]):
-            if not (isinstance(value, int | float) and value >= minimum):
+            if not (isinstance(value, int) and minimum <= value < 2**31):
                 raise ConfigError(
-                    f"--config.{key}={config[key]}: expected at least {minimum}."
+                    f"--config.{key}={config[key]}: expected at least {minimum}, "
+                    "a whole number below 2^31."
                 )
 
 
@@ -41,14 +42,16 @@ def check_positive(config: Mapping[str, Any], *keys: str) -> None:
     """Checks that values, or all entries of tuples, are finite and above 0.
 
     Raises:
-      ConfigError: one is not.
+      ConfigError: one is not, or a tuple is empty.
     """
     for key in keys:
-        for value in as_tuple(config[key]):
-            if not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ConfigError(
-                    f"--config.{key}={config[key]}: expected a positive number."
-                )
+        values = as_tuple(config[key])
+        if not values or not all(
+            isinstance(value, int | float) and 0 < value < math.inf for value in values
+        ):
+            raise ConfigError(
+                f"--config.{key}={config[key]}: expected a positive number."
+            )
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

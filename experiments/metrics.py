@@ -3,11 +3,11 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.workdir import write_whole
+from experiments.workdir import WorkdirError, write_whole
 
 
 class MetricsLog:
@@ -18,22 +18,30 @@ class MetricsLog:
     again, are dropped.
     """
 
-    def __init__(self, path: Path, last_step: int | None) -> None:
-        """Opens the file, keeping the rows up to a step, or none."""
-        self._path = path
-        self.rows = [
-            row
-            for row in read_rows(path)
-            if last_step is not None and row["step"] <= last_step
-        ]
+    def __init__(self, path: Path, steps: Sequence[int]) -> None:
+        """Opens the file and drops what it has after the rows to keep.
+
+        Args:
+          path: the file; made if it is missing.
+          steps: the step of every row to keep, from the first on.
+
+        Raises:
+          WorkdirError: not all of these rows are there; nothing was changed.
+        """
+        self.rows = read_rows(path)[: len(steps)]
+        if [row.get("step") for row in self.rows] != list(steps):
+            raise WorkdirError(
+                f"{path} is damaged: rows up to step {steps[-1]} are missing; restore "
+                "it, or choose another --workdir."
+            )
         write_whole(path, "".join(_line(row) for row in self.rows))
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row of JSON values. Numbers that are not finite become null."""
-        finite = {key: _finite(value) for key, value in row.items()}
-        self.rows.append(finite)
-        self._file.write(_line(finite))
+        known = finite(row)
+        self.rows.append(known)
+        self._file.write(_line(known))
 
     def flush(self) -> None:
         """Makes sure that all rows are on disk."""
@@ -51,21 +59,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return rows
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with null for every number in it that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return value
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

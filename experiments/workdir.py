@@ -36,13 +36,16 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> TextIO:
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_same_config(workdir, json.loads(json.dumps(config)))
     except BlockingIOError:
         lock.close()
         raise WorkdirError(
             f"another process is writing to {workdir}; wait for it, or choose another "
             "folder with --workdir."
         ) from None
-    _check_same_config(workdir, json.loads(json.dumps(config)))
+    except BaseException:
+        lock.close()
+        raise
     return lock
 
 
@@ -56,17 +59,29 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads an object that `write_whole` wrote.
+
+    Raises:
+      WorkdirError: something damaged it since.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise WorkdirError(
+            f"{path} is damaged ({error}); restore it, or choose another --workdir."
+        ) from None
+    return content
+
+
 def _check_same_config(workdir: Path, config: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists():
         write_whole(path, json.dumps(config, indent=2) + "\n")
         return
-    try:
-        earlier = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise WorkdirError(
-            f"{path} is damaged ({error}); restore it, or choose another --workdir."
-        ) from None
+    earlier = read_json(path)
     absent = "absent"
     differences = [
         f"{key}: {earlier.get(key, absent)} there, {config.get(key, absent)} now"

@@ -1,0 +1,138 @@
+"""Whole runs of the command, killed, interrupted, and in full."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.metrics import read_rows
+from tests.experiments.helpers import (
+    REPOSITORY,
+    command_environment,
+    command_line,
+    run_command,
+)
+
+pytestmark = pytest.mark.slow
+
+RUN = ("--config.num_steps=3000", "--config.checkpoint_every=500")
+RESULTS = ("metrics.jsonl", "percentiles.jsonl", "summary.json")
+
+
+def start(workdir: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command_line(*RUN, f"--workdir={workdir}"),
+        cwd=REPOSITORY,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_until(ready: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None and not ready():
+        time.sleep(0.002)
+
+
+def finish(workdir: Path) -> None:
+    done = run_command(*RUN, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+
+
+def final_checksums(workdir: Path) -> dict[str, str]:
+    """CRC-32C, dtype and shape of every array of the last checkpoint."""
+    path = workdir / "checkpoints" / "3000" / "metadata" / "metadata"
+    return json.loads(path.read_text())["checksums"]
+
+
+def median_travel(workdir: Path, network: str) -> float:
+    """How far the median of a sigmoid's input travels, over units and seeds."""
+    rows = read_rows(workdir / "percentiles.jsonl")
+    values = np.array([row["values"] for row in rows if row["network"] == network])
+    return float(np.ptp(values[:, :, 1], axis=0).mean())
+
+
+def assert_same_results(workdir: Path, expected: Path) -> None:
+    for name in RESULTS:
+        assert (workdir / name).read_bytes() == (expected / name).read_bytes(), name
+    assert final_checksums(workdir) == final_checksums(expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    finish(workdir)
+    return workdir
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, uninterrupted):
+    moments = random.Random(0)
+
+    def unfinished_checkpoints() -> list[Path]:
+        return list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+    def kill(ready: Callable[[], object], delay: float) -> bool:
+        process = start(tmp_path)
+        wait_until(ready, process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        return process.returncode == -signal.SIGKILL
+
+    killed = [
+        kill(lambda: True, moments.uniform(0.1, 1)),
+        kill(lambda: (tmp_path / "config.json").exists(), 0),
+        kill((tmp_path / "checkpoints" / "500").exists, moments.uniform(0, 1)),
+    ]
+    known = len(unfinished_checkpoints())
+    killed.append(kill(lambda: len(unfinished_checkpoints()) > known, 0))
+    killed += [kill(lambda: True, moments.uniform(4, 9)) for _ in range(3)]
+    assert sum(killed) >= 5
+    finish(tmp_path)
+    assert_same_results(tmp_path, uninterrupted)
+
+
+def test_interrupted_from_the_keyboard_it_goes_on(tmp_path, uninterrupted):
+    process = start(tmp_path)
+    wait_until((tmp_path / "checkpoints" / "1000").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; the same command goes on from the last checkpoint" in output
+    assert b"Traceback" not in output
+    finish(tmp_path)
+    assert_same_results(tmp_path, uninterrupted)
+
+
+def test_the_default_run_reaches_the_numbers(tmp_path):
+    started = time.monotonic()
+    done = run_command(f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 240
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (without,), (with_norm,) = (
+        summary["networks"][name] for name in ("baseline", "batch_norm")
+    )
+    for statistics in "moving_average", "population":
+        at_end = [
+            entry["accuracy"]["50000"][statistics]["mean"]
+            for entry in (without, with_norm)
+        ]
+        assert at_end[0] >= 96.5
+        assert at_end[1] >= 97.4
+        for step in "1000", "10000", "50000":
+            ahead, behind = (
+                entry["accuracy"][step][statistics]["mean"]
+                for entry in (with_norm, without)
+            )
+            assert ahead > behind
+    # Figure 1 (b, c): medians of the sigmoids' inputs drift without BN, and stay with.
+    assert median_travel(tmp_path, "baseline") > 2 * median_travel(
+        tmp_path, "batch_norm"
+    )
