@@ -1,8 +1,7 @@
 """Rounding error against float64, and against the best that Flax can do."""
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
@@ -32,25 +31,21 @@ def make_hard_problem(shape: tuple[int, ...], mean: float, seed: int) -> Problem
     return problem._replace(params=params, x=x)
 
 
+@jax.jit
 def flax_step(problem: Problem) -> Step:
     """The same step in Flax with two passes; the statistics are left out."""
     bn = linen.BatchNorm(
         use_running_average=False, use_fast_variance=False, epsilon=1e-3
     )
-    stats = problem.stats._asdict()
 
-    @jax.jit
-    def step(params: Any, x: jax.Array, dy: jax.Array) -> Any:
-        def forward(params: Any, x: jax.Array) -> jax.Array:
-            variables = {"params": params, "batch_stats": stats}
-            return bn.apply(variables, x, mutable=["batch_stats"])[0]
-
-        y, pullback = jax.vjp(forward, params, x)
-        return y, *pullback(dy)
+    def forward(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        variables = {"params": params, "batch_stats": problem.stats._asdict()}
+        return bn.apply(variables, x, mutable=["batch_stats"])[0]
 
     with lenient():
-        y, grads, dx = step(problem.params._asdict(), problem.x, problem.dy)
-    return Step(y, 0, 0, dx, grads["scale"], grads["bias"])
+        y, pullback = jax.vjp(forward, problem.params._asdict(), problem.x)
+        grads, dx = pullback(problem.dy)
+    return Step(y, jnp.nan, jnp.nan, dx, grads["scale"], grads["bias"])
 
 
 def largest_error(name: str, actual: Step, expected: Step) -> float:

@@ -4,6 +4,8 @@ And the remarks of section 3: the identity that scale and bias can restore, the 
 that the mean takes away, and the gradient's two sums that vanish.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def kernel_and_input() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=(6, 4)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def jacobian(argument: int, kernel: jax.Array, u: jax.Array) -> jax.Array:
     return jax.jacrev(layer, argument)(kernel, u)
 

@@ -144,7 +144,7 @@ def test_vmap_has_no_groups():
 
 
 @pytest.mark.parametrize("mode", ["checked", "unchecked", "vmap", "pmap"])
-@pytest.mark.parametrize("axis_name", [("a", "b"), ("b", "a"), ("a",)])
+@pytest.mark.parametrize("axis_name", [("b", "a"), ("a",)])
 def test_several_mapped_axes(mode, axis_name):
     problem = make_problem((16, 3), seed=5)
     weights = np.random.default_rng(0).integers(0, 3, (16, 1)).astype(np.float32)
@@ -154,7 +154,8 @@ def test_several_mapped_axes(mode, axis_name):
         in_axes = (None, None, 0, 0, 0)
         inner = jax.vmap(step, axis_name="b", in_axes=in_axes)
         outer = jax.pmap if mode == "pmap" else jax.vmap
-        got = outer(inner, axis_name="a", in_axes=in_axes)(*problem[:2], *split)
+        mapped = outer(inner, axis_name="a", in_axes=in_axes)
+        got = jax.jit(mapped)(*problem[:2], *split)
     else:
 
         def one_device(params, stats, *own):
@@ -277,7 +278,7 @@ def test_devices_may_hold_different_scales(mode):
     split = (jnp.asarray(a).reshape(4, 2, -1) for a in (x, dy, weights))
     mapped = map_devices(mode, device_grad, 4)
     got = mapped(stats, *split, jnp.asarray(scales))
-    expected = jax.grad(plain_loss, (0, 1, 2))(jnp.asarray(x), weights, scales)
+    expected = jax.jit(jax.grad(plain_loss, (0, 1, 2)))(x, weights, scales)
     for a, b in zip(got, expected, strict=True):
         assert_close(np.asarray(a).reshape(b.shape), b, F32)
 
