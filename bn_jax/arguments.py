@@ -52,35 +52,54 @@ def check_activation(activation: str | None) -> None:
         )
 
 
-def check_params(params: BatchNormParams, x: jax.Array, layout: Layout) -> None:
-    """Scale and bias fit the features of x."""
+def check_types(params: BatchNormParams, stats: BatchStats) -> None:
+    """Parameters and statistics are there and are what they should be."""
     if not (isinstance(params, tuple) and hasattr(params, "scale")):
         raise TypeError(
             "params must be BatchNormParams(scale, bias), got "
             f"{type(params).__name__}; make them with init_params(num_features)."
         )
-    for name, value in params._asdict().items():
-        if value is not None:
-            _check_feature_shape(f"params.{name}", value, x, layout)
-
-
-def check_stats(
-    stats: BatchStats, x: jax.Array, layout: Layout, *, train: bool
-) -> None:
-    """Statistics are there, fit the features of x, and are precise enough to update."""
-    if stats is None:
+    fields = stats if isinstance(stats, tuple) else (stats,)
+    if any(field is None for field in fields):
         raise ValueError(
-            "stats are missing (None); restore them with the parameters, or start with "
-            "init_stats(num_features)."
+            f"stats are missing ({stats}); restore them with the parameters, or start "
+            "with init_stats(num_features)."
         )
     if not (isinstance(stats, tuple) and hasattr(stats, "var")):
         raise TypeError(
             f"stats must be BatchStats(mean, var), got {type(stats).__name__}; make "
             "them with init_stats(num_features)."
         )
+
+
+def check_features(
+    params: BatchNormParams,
+    stats: BatchStats,
+    feature_shape: tuple[int, ...],
+    source: str,
+) -> None:
+    """Parameters and statistics are floating point and as long as `source` says."""
+    named = {f"params.{name}": value for name, value in params._asdict().items()}
+    named |= {f"stats.{name}": value for name, value in stats._asdict().items()}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if jnp.shape(value) != feature_shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}, but {source} has "
+                f"{feature_shape}; make params and stats for that number of features, "
+                "or pass another axis."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be floating point, got {value.dtype}; convert it first."
+            )
+
+
+def check_precision(stats: BatchStats) -> None:
+    """Statistics can take small steps."""
     for name, value in stats._asdict().items():
-        _check_feature_shape(f"stats.{name}", value, x, layout)
-        if train and jnp.finfo(value.dtype).bits < 32:
+        if jnp.finfo(value.dtype).bits < 32:
             raise TypeError(
                 f"stats.{name} is {value.dtype}, too coarse for a moving average; keep "
                 "statistics in float32, whatever the dtype of x."
@@ -96,17 +115,3 @@ def check_num_values(x: jax.Array, layout: Layout, num_devices: int) -> None:
             "output would be the bias whatever x is. Use a larger batch, share moments "
             "over devices with axis_name, or pass train=False."
         )
-
-
-def _check_feature_shape(
-    name: str, value: jax.Array, x: jax.Array, layout: Layout
-) -> None:
-    if jnp.shape(value) != layout.feature_shape:
-        raise ValueError(
-            f"{name} has shape {jnp.shape(value)}, but x of shape {x.shape} has "
-            f"features of shape {layout.feature_shape} along axes "
-            f"{layout.feature_axes}; make params and stats for that number of "
-            "features, or pass another axis."
-        )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {value.dtype}.")

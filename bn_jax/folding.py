@@ -2,7 +2,7 @@
 
 import jax
 
-from bn_jax.arguments import check_eps
+from bn_jax import arguments
 from bn_jax.moments import statistics_dtype
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats
@@ -23,10 +23,12 @@ def inference_affine(
       (features) each, float32 (float64 if the statistics are).
 
     Raises:
-      TypeError: eps is not a number.
-      ValueError: eps is not positive.
+      TypeError: eps is not a number, or params or stats are not of the right type.
+      ValueError: eps is not positive, stats are missing, or shapes differ.
     """
-    check_eps(eps)
+    arguments.check_eps(eps)
+    arguments.check_types(params, stats)
+    arguments.check_features(params, stats, stats.var.shape, "stats.var")
     dtype = statistics_dtype(stats.var)
     mean, var = (field.astype(dtype) for field in stats)
     scale = jax.lax.rsqrt(var + eps)

@@ -91,14 +91,16 @@ def batch_norm(
     x = jnp.asarray(x)
     layout = make_layout(x.shape, axis)
     weights = check_weights(x, weights)
-    arguments.check_params(params, x, layout)
-    arguments.check_stats(stats, x, layout, train=train)
+    arguments.check_types(params, stats)
+    source = f"x of shape {x.shape} along its feature axes {layout.feature_axes}"
+    arguments.check_features(params, stats, layout.feature_shape, source)
     groups = collectives.check_groups(axis_name, axis_index_groups)
     if not train:
         frozen = functools.partial(_normalise_by_statistics, layout, eps, activation)
         # Recomputing is one pass over x; without it, reverse mode would keep x and
         # more in float32.
         return jax.checkpoint(frozen)(params, stats, x, weights), stats
+    arguments.check_precision(stats)
     num_devices = collectives.group_size(axis_name, groups)
     arguments.check_num_values(x, layout, num_devices)
     options = _Options(layout, float(eps), activation, axis_name, groups)

@@ -82,14 +82,10 @@ class Checkpoints:
         except Exception as error:
             before = f"step {steps[-2]}" if len(steps) > 1 else "the start"
             raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} is damaged "
-                f"({_cause(error)}); move or delete that folder to go on from {before}."
+                f"checkpoint {self._directory / str(step)} is damaged, or of another "
+                f"network ({_cause(error)}); move or delete that folder to go on from "
+                f"{before}."
             ) from error
-
-    def wait(self) -> None:
-        """Waits until everything that was to be saved is on disk."""
-        with self._writing():
-            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and releases the folder."""

@@ -104,7 +104,7 @@ def test_axis_must_be_in_range(train):
 def test_params_must_fit_x(shape, train):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     features = rf"\({shape[-1]},\)"
-    expected = rf"params.scale has shape \(3,\), but x .* features of shape {features}"
+    expected = rf"params.scale has shape \(3,\), but x of shape .* has {features};"
     with pytest.raises(ValueError, match=expected):
         trace(x, stats=init_stats(shape[-1]), train=train)
 

@@ -10,6 +10,7 @@ from bn_jax import (
     BatchStats,
     batch_norm,
     inference_affine,
+    init_params,
     init_stats,
 )
 from tests.bn_jax.reference import assert_close, make_problem
@@ -54,3 +55,30 @@ def test_eps_must_be_positive(eps):
     params, stats, *_ = make_problem((2, 3))
     with pytest.raises(ValueError, match="eps must be positive, got"):
         inference_affine(params, stats, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("params", "stats", "error", "message"),
+    [
+        (init_params(3), None, ValueError, "stats are missing"),
+        (init_params(3), BatchStats(None, None), ValueError, "stats are missing"),
+        (init_params(3), {"mean": 0, "var": 1}, TypeError, "must be BatchStats"),
+        (None, init_stats(3), TypeError, "must be BatchNormParams"),
+        (
+            init_params(4),
+            init_stats(3),
+            ValueError,
+            r"\(4,\), but stats.var has \(3,\)",
+        ),
+        (init_params(3), init_stats(3, int), TypeError, "must be floating point"),
+        (
+            init_params(3),
+            init_stats(3)._replace(mean=jnp.zeros(1)),
+            ValueError,
+            r"stats.mean has shape \(1,\)",
+        ),
+    ],
+)
+def test_bad_arguments(params, stats, error, message):
+    with pytest.raises(error, match=message):
+        inference_affine(params, stats)

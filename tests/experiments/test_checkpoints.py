@@ -144,7 +144,9 @@ def test_unfinished_checkpoint_of_a_killed_run_is_passed_over(directory, states)
 def test_error_names_the_folder_and_the_step_before(directory, states):
     shutil.rmtree(directory / "20" / "params")
     message = error_of(directory, states)
-    assert f"checkpoint {directory / '20'} is damaged" in message
+    assert (
+        f"checkpoint {directory / '20'} is damaged, or of another network (" in message
+    )
     assert "move or delete that folder to go on from step 10." in message
     shutil.rmtree(directory / "20")
     assert restore(directory, states)[0] == 10
@@ -231,13 +233,13 @@ def test_truncated_and_deleted_files_are_noticed(directory, states, later, damag
 def test_another_network_is_refused(directory, options):
     before = read_files(directory)
     others = make_states(make_models(**options), num_inputs=4)
-    assert "20 is damaged (" in error_of(directory, others)
+    assert "20 is damaged, or of another network (" in error_of(directory, others)
     assert read_files(directory) == before
 
 
 def test_another_number_of_replicas_is_refused(directory, states):
     fewer = jax.tree.map(lambda leaf: leaf[:1], states)
-    assert "20 is damaged (" in error_of(directory, fewer)
+    assert "20 is damaged, or of another network (" in error_of(directory, fewer)
 
 
 def test_failure_to_write_is_one_line(tmp_path, states, monkeypatch):
@@ -248,7 +250,6 @@ def test_failure_to_write_is_one_line(tmp_path, states, monkeypatch):
 
     for method, call in {
         "save": lambda: checkpoints.save(1, states),
-        "wait_until_finished": checkpoints.wait,
         "close": checkpoints.close,
     }.items():
         with monkeypatch.context() as patch:

@@ -111,10 +111,8 @@ def test_interrupted_from_the_keyboard_it_goes_on(tmp_path, uninterrupted):
 
 
 def test_the_default_run_reaches_the_numbers(tmp_path):
-    started = time.monotonic()
     done = run_command(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 240
     summary = json.loads((tmp_path / "summary.json").read_text())
     (without,), (with_norm,) = (
         summary["networks"][name] for name in ("baseline", "batch_norm")

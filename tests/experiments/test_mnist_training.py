@@ -10,6 +10,7 @@ import pytest
 from experiments import evaluation, mnist_training
 from experiments.checkpoints import Checkpoints
 from experiments.configuration import ConfigError
+from experiments.data.batches import batch_indices
 from experiments.metrics import read_rows
 from experiments.mnist_experiment import make_replicas
 from experiments.mnist_training import run
@@ -91,6 +92,24 @@ def test_percentiles_are_those_of_the_probed_examples(finished):
         values = np.sort(inputs[row["network"]], axis=1)
         expected = np.percentile(values, [15, 50, 85], axis=1).swapaxes(0, 1)
         np.testing.assert_allclose(row["values"], expected, atol=1e-4)
+
+
+def test_population_statistics_come_from_the_batches_that_follow(monkeypatch):
+    experiment = mnist_training.Experiment(CONFIG, make_image_set())
+    states = experiment.initial_states()
+    used = []
+
+    def population(states, images, labels, indices):
+        used.append(indices)
+        return {name: state.batch_stats for name, state in states.items()}
+
+    monkeypatch.setattr(experiment, "_population", population)
+    experiment.population_accuracy(states, 7)
+    (indices,) = used
+    expected = batch_indices([0, 1], 7, 4, 512, 64)
+    # (devices, steps, replicas, batch / devices) -> (steps, replicas, batch)
+    joined = np.concatenate(list(indices), axis=2)
+    np.testing.assert_array_equal(joined, expected)
 
 
 def test_networks_learn(finished):

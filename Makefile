@@ -1,0 +1,40 @@
+# `make mnist` and `make test` set up all they need in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+
+run := $(VENV)/bin/python
+# One stamp a Python version: with another PYTHON the environment is made anew.
+version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+environment := $(VENV)/.made-with-$(version)
+sources := pyproject.toml bn_jax/__init__.py
+
+.PHONY: mnist test test-slow lint types
+
+mnist: $(environment)/installed
+	$(run) -m experiments.mnist
+
+test: $(environment)/installed-test
+	$(run) -m pytest --numprocesses=2
+
+test-slow: $(environment)/installed-test
+	$(run) -m pytest -m slow
+
+lint: $(environment)/installed-dev
+	$(run) -m ruff format --check
+	$(run) -m ruff check
+
+types: $(environment)/installed-dev
+	$(run) -m mypy
+
+$(environment):
+	$(PYTHON) -m venv --clear $(VENV)
+	$(run) -m pip install --quiet --upgrade pip
+	mkdir $@
+
+$(environment)/installed: $(sources) | $(environment)
+	$(run) -m pip install --quiet --editable .
+	touch $@
+
+$(environment)/installed-%: $(sources) | $(environment)
+	$(run) -m pip install --quiet --editable '.[$*]'
+	touch $@
