@@ -11,6 +11,8 @@ import numpy as np
 from experiments.parallel import DEVICE_AXIS
 from experiments.training import Batch, TrainState, take_batch
 
+PERCENTILES = (15, 50, 85)  # of a sigmoid's input: those of the paper's figure 1
+
 
 def count_correct(
     models: Mapping[str, nn.Module],

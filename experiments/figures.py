@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.evaluation import PERCENTILES
 from experiments.mnist_summary import settings
 
 LABELS = {"baseline": "without BN", "batch_norm": "with BN"}
@@ -15,7 +16,7 @@ STYLES = {
     "baseline": {"color": "tab:red", "linestyle": "--"},
     "batch_norm": {"color": "tab:blue", "linestyle": "-"},
 }
-PERCENTILE_LABELS = ("15th", "50th", "85th percentile")
+BEGINNING = 0.06  # the share of a run that figure 1 (a) shows enlarged
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -92,34 +93,44 @@ def accuracy_against_rate(summary: Mapping[str, Any]) -> Figure:
 
 
 def _accuracy_panel(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    last = rows[-1]["step"]
+    beginning = axes.inset_axes((0.4, 0.4, 0.56, 0.4))
     for name, label in LABELS.items():
         own = [row for row in rows if row["network"] == name]
         steps = [row["step"] for row in own]
         fraction = np.array([row["accuracy"] for row in own]) / 100
         mean, seeds = fraction.mean(axis=1), fraction.shape[1]
         std = fraction.std(axis=1, ddof=1) if seeds > 1 else np.zeros_like(mean)
-        axes.plot(steps, mean, label=label, **STYLES[name])
-        color = STYLES[name]["color"]
-        axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, lw=0)
-    axes.set_ylim(0.7, 1)
-    axes.set_xlim(0, steps[-1])
-    axes.xaxis.set_major_formatter(_thousands)
+        for panel in (axes, beginning):
+            panel.plot(steps, mean, label=label, **STYLES[name])
+            color = STYLES[name]["color"]
+            panel.fill_between(
+                steps, mean - std, mean + std, color=color, alpha=0.2, lw=0
+            )
+    for panel, end in ((axes, last), (beginning, last * BEGINNING)):
+        panel.set_ylim(0.7, 1)
+        panel.set_xlim(0, end)
+        panel.xaxis.set_major_formatter(_thousands)
+        panel.grid(alpha=0.3)
+    beginning.tick_params(labelsize="small")
+    beginning.set_title("the beginning", fontsize="small")
     axes.set_xlabel("training steps")
     axes.set_ylabel(f"fraction correct (mean ± std of {seeds} seeds)")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", ncols=2, fontsize="small")
 
 
 def _percentile_panel(axes: Any, rows: Sequence[Mapping[str, Any]], unit: int) -> None:
     steps = [row["step"] for row in rows]
     tracks = np.array([np.array(row["values"], float)[0, :, unit] for row in rows])
-    for track, label, style in zip(
-        tracks.T, PERCENTILE_LABELS, (":", "-", "--"), strict=True
+    for track, percentile, style in zip(
+        tracks.T, PERCENTILES, (":", "-", "--"), strict=True
     ):
+        label = f"{percentile}th"
         axes.plot(steps, track, color="black", linestyle=style, lw=1, label=label)
     axes.set_xlim(0, steps[-1])
     axes.xaxis.set_major_formatter(_thousands)
     axes.set_xlabel("training steps")
+    axes.set_ylabel("percentiles over test images")
     axes.legend(loc="upper center", ncols=3, fontsize="small")
     axes.grid(alpha=0.3)
 

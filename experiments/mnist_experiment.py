@@ -16,8 +16,6 @@ from experiments.data.image_set import ImageSet, to_inputs
 from experiments.models.mlp import MLP
 from experiments.training import TrainState
 
-PERCENTILES = (15, 50, 85)  # those of the paper's figure 1
-
 States = dict[str, TrainState]
 
 
@@ -132,7 +130,9 @@ class Experiment:
         """Of the sigmoids' inputs: (replicas, percentiles, units) a network."""
         inputs = jax.device_get(self._sigmoid_inputs(states, self._probe))
         return {
-            name: np.moveaxis(np.percentile(values, PERCENTILES, axis=1), 0, 1)
+            name: np.moveaxis(
+                np.percentile(values, evaluation.PERCENTILES, axis=1), 0, 1
+            )
             for name, values in inputs.items()
         }
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import bn_jax
+from experiments.evaluation import PERCENTILES
 
 ACCURACY_LEVELS = (90, 95, 97)  # percent
 
@@ -64,7 +65,7 @@ def typical_unit(tracks: np.ndarray) -> int:
     Args:
       tracks: (evaluations, percentiles, units).
     """
-    distance = _travel(tracks)
+    distance = _travel(tracks).mean(axis=0)
     return int(np.argsort(distance)[len(distance) // 2])
 
 
@@ -75,6 +76,8 @@ def as_table(summary: Mapping[str, Any]) -> str:
     header = ["network", "rate", "std"]
     header += [f"% at {step}" for step in steps] + ["% (Alg. 2)"]
     header += [f"steps to {level}%" for level in ACCURACY_LEVELS]
+    probed = "sigmoid_input" in first
+    header += ["a median travels"] * probed
     table = [header]
     for name, entries in summary["networks"].items():
         for entry in entries:
@@ -86,6 +89,8 @@ def as_table(summary: Mapping[str, Any]) -> str:
                 "never" if mean is None else f"{mean:.0f}"
                 for mean in (level["mean"] for level in entry["steps_to"].values())
             ]
+            if probed:
+                row.append(_spread(entry["sigmoid_input"]["travel"]["50"]))
             table.append(row)
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     return "\n".join(
@@ -150,7 +155,7 @@ def _summarise_percentiles(rows: list[Row], members: list[int]) -> dict[str, Any
     """Percentiles of the last hidden layer's sigmoid inputs, averaged over its units.
 
     Travel is the distance between the lowest and the highest value that a percentile
-    takes over training, averaged over percentiles and units.
+    takes over training, averaged over units.
     """
     values = np.array([row["values"] for row in rows], float)
     # (evaluations, replicas, percentiles, units) -> one array a seed
@@ -158,19 +163,26 @@ def _summarise_percentiles(rows: list[Row], members: list[int]) -> dict[str, Any
     return {
         "steps": [row["step"] for row in rows],
         "mean_percentiles": np.mean(tracks, axis=(0, 3)).round(4).tolist(),
-        "travel": _statistics(
-            [float(_travel(track).mean()) for track in tracks], list(range(len(tracks)))
-        ),
+        "travel": {
+            str(percentile): _statistics(
+                [float(_travel(track)[row].mean()) for track in tracks],
+                list(range(len(tracks))),
+            )
+            for row, percentile in enumerate(PERCENTILES)
+        },
         "typical_unit": typical_unit(tracks[0]),
     }
 
 
 def _travel(tracks: np.ndarray) -> np.ndarray:
-    """(evaluations, percentiles, units) -> the mean travel of each unit (units,)."""
-    return (tracks.max(axis=0) - tracks.min(axis=0)).mean(axis=0)
+    """(evaluations, percentiles, units) -> travel (percentiles, units)."""
+    travel: np.ndarray = np.ptp(tracks, axis=0)
+    return travel
 
 
 def _spread(statistics: Mapping[str, Any]) -> str:
+    if statistics["mean"] is None:
+        return "not finite"
     if statistics["std"] is None:
         return f"{statistics['mean']:.2f}"
     return f"{statistics['mean']:.2f} ± {statistics['std']:.2f}"

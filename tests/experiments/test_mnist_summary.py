@@ -90,11 +90,22 @@ def test_percentiles_and_their_travel(summary):
     slow, fast = (entry["sigmoid_input"] for entry in summary["networks"]["batch_norm"])
     assert slow["steps"] == [0, 10, 30]
     # Units 0 to 4 travel 0 to 4 times 1, 2, 3 and 4 in the four replicas.
-    assert slow["travel"]["values"] == [2, 4]
-    assert fast["travel"]["values"] == [6, 8]
+    for percentile in "15", "50", "85":
+        assert slow["travel"][percentile]["values"] == [2, 4]
+        assert fast["travel"][percentile]["values"] == [6, 8]
     assert slow["typical_unit"] == fast["typical_unit"] == 2
     # Averaged over units and both seeds of the setting.
     assert slow["mean_percentiles"] == [[0, 1, 2], [3, 4, 5], [1.5, 2.5, 3.5]]
+
+
+def test_each_percentile_has_its_own_travel():
+    rows = make_percentiles()
+    for row in rows:
+        row["values"] = (np.array(row["values"]) * [[0], [1], [10]]).tolist()
+    networks = summarise(small_config(), REPLICAS, make_rows(), rows)["networks"]
+    travel = networks["batch_norm"][0]["sigmoid_input"]["travel"]
+    means = {percentile: entry["mean"] for percentile, entry in travel.items()}
+    assert means == {"15": 0, "50": 3, "85": 30}
 
 
 def test_typical_unit_is_the_median_of_travel():
@@ -117,4 +128,4 @@ def test_table_shows_every_setting(summary):
         assert word in header
     assert "batch_norm  0.1   0.5  90.00 ± 1.41" in as_table(summary)
     assert "97.25 ± 1.06" in lines[0]
-    assert lines[0].split()[-3:] == ["15", "25", "never"]
+    assert lines[0].split()[-6:] == ["15", "25", "never", "3.00", "±", "1.41"]

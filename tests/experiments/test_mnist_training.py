@@ -77,7 +77,7 @@ def test_summary_agrees_with_the_rows(finished):
             assert accuracy["moving_average"]["values"] == row["accuracy"]
             assert accuracy["population"]["values"] == row["population_accuracy"]
         assert entry["sigmoid_input"]["steps"] == [0, 10, 20, 40]
-        assert entry["sigmoid_input"]["travel"]["mean"] > 0
+        assert entry["sigmoid_input"]["travel"]["50"]["mean"] > 0
 
 
 def test_percentiles_are_those_of_the_probed_examples(finished):
@@ -180,7 +180,7 @@ def test_a_diverged_run_gives_valid_json(tmp_path):
     text = (tmp_path / "summary.json").read_text()
     summary = json.loads(text, parse_constant=refuse)
     (entry,) = summary["networks"]["batch_norm"]
-    assert entry["sigmoid_input"]["travel"]["mean"] is None
+    assert entry["sigmoid_input"]["travel"]["50"]["mean"] is None
     assert (tmp_path / "figure1.png").exists()
 
 
