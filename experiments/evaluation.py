@@ -38,8 +38,7 @@ def count_correct(
     inputs = images.astype(jnp.float32) * pixel_scale
 
     def correct(model: nn.Module, state: TrainState) -> jax.Array:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits: Any = model.apply(variables, inputs, train=False)
+        logits: Any = model.apply(state.variables, inputs, train=False)
         hits = (jnp.argmax(logits, axis=-1) == labels) & mask
         return jax.lax.psum(jnp.sum(hits, dtype=jnp.int32), DEVICE_AXIS)
 
@@ -94,10 +93,9 @@ def population_statistics(
     """
 
     def one_batch(model: nn.Module, state: TrainState, batch: Batch) -> Any:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         forgetful = model.clone(decay=0.0)
         _, updated = forgetful.apply(
-            variables, batch.inputs, train=True, mutable=["batch_stats"]
+            state.variables, batch.inputs, train=True, mutable=["batch_stats"]
         )
         return updated.get("batch_stats", {})
 
@@ -140,10 +138,9 @@ def sigmoid_inputs(
     inputs = images.astype(jnp.float32) * pixel_scale
 
     def probe(model: nn.Module, state: TrainState) -> jax.Array:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         collections = ["intermediates", "batch_stats"]
         alone = model.clone(axis_name=None)
-        _, seen = alone.apply(variables, inputs, train=True, mutable=collections)
+        _, seen = alone.apply(state.variables, inputs, train=True, mutable=collections)
         (values,) = seen["intermediates"]["sigmoid_input"]
         return values
 

@@ -107,7 +107,8 @@ class Experiment:
         """Trains from `step` on; returns new states and the mean losses (replicas,)."""
         indices = self._indices(step, num_steps)
         states, losses = self._train_steps(states, *self._train_data, indices)
-        # Waits: a queue of steps with collectives can deadlock forced host devices.
+        # Waits, as every method does: a queue of programs with collectives can deadlock
+        # forced host devices.
         return states, jax.device_get(losses)
 
     def accuracy(self, states: States) -> dict[str, np.ndarray]:
@@ -119,6 +120,7 @@ class Experiment:
         """Accuracy with Algorithm 2's statistics, from the batches after `step`."""
         indices = self._indices(step, self.config["population_batches"])
         statistics = self._population(states, *self._train_data, indices)
+        jax.block_until_ready(statistics)
         return self.accuracy(
             {
                 name: state._replace(batch_stats=statistics[name])

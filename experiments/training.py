@@ -20,6 +20,11 @@ class TrainState(NamedTuple):
     batch_stats: Any  # Flax collection; empty without batch normalisation
     opt_state: optax.OptState
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model's `apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 class Batch(NamedTuple):
     """Examples of one step on one device."""
@@ -75,7 +80,7 @@ def train_step(
     """
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
+        variables = state._replace(params=params).variables
         logits, updated = model.apply(
             variables, batch.inputs, train=True, mutable=["batch_stats"]
         )
