@@ -4,11 +4,12 @@ from bn_jax.folding import inference_affine
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
 from bn_jax.statistics import BatchStats, init_stats
-from bn_jax.transform import batch_norm
+from bn_jax.transform import MOMENTS_NAME, batch_norm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MOMENTS_NAME",
     "BatchNormParams",
     "BatchStats",
     "Moments",

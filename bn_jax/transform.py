@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bn_jax import arguments, collectives
 from bn_jax.collectives import AxisIndexGroups, AxisName
@@ -19,6 +20,10 @@ from bn_jax.moments import (
 )
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats, update_stats
+
+# The name that policies of `jax.checkpoint` know the batch's moments by. Saving them
+# spares rematerialisation the reductions, and the collective of shared moments.
+MOMENTS_NAME = "batch_norm_moments"
 
 
 def batch_norm(
@@ -46,6 +51,9 @@ def batch_norm(
     batch's moments, and what is kept for it is x in its own dtype, the parameters, and
     mean, 1/sqrt(var + eps) and count per feature, and the weights if given. No gradient
     flows into or out of the statistics.
+
+    Under `jax.checkpoint` the moments are computed again in the backward pass, unless its
+    policy saves the name `MOMENTS_NAME`.
 
     Reverse mode is the fast path. Forward mode (`jax.jvp`, `jax.jacfwd`) works with
     train=False; with train=True JAX raises a TypeError, as for every function with a
@@ -165,6 +173,7 @@ def _normalise_by_batch_forward(
 ) -> tuple[tuple[jax.Array, Moments], _Residuals]:
     layout = options.layout
     batch = shared_moments(x, layout, weights, options.axis_name, options.groups)
+    batch = Moments(*(checkpoint_name(field, MOMENTS_NAME) for field in batch))
     inverse_std = jax.lax.rsqrt(batch.var + options.eps)
     normalised = _standardise(layout, x, batch.mean, inverse_std)
     y = _finish(layout, options.activation, params, normalised, weights)

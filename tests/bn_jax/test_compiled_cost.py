@@ -11,7 +11,7 @@ import pytest
 from flax import linen
 from jax.sharding import PartitionSpec
 
-from bn_jax import BatchNormParams, batch_norm
+from bn_jax import MOMENTS_NAME, BatchNormParams, batch_norm
 from tests.bn_jax.reference import lenient, make_problem
 from tests.bn_jax.sharing import (
     MODES_WITH_GROUPS,
@@ -133,6 +133,24 @@ def test_two_mapped_axes_take_one_collective_too():
     )
     counts = count_in_program(mapped.lower(params, stats, x, dy))
     assert counts == {"all-reduce": 2}
+
+
+@pytest.mark.parametrize(("names", "expected"), [((), 3), ((MOMENTS_NAME,), 2)])
+def test_rematerialisation_can_keep_the_shared_moments(names, expected):
+    params, stats, x, _ = make_problem((16, 3))
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def gradient(x):
+        def loss(x):
+            y, _ = batch_norm(params, stats, x, train=True, axis_name="a")
+            return jnp.sum(jnp.sin(y))
+
+        return jax.value_and_grad(jax.checkpoint(loss, policy=policy))(x)
+
+    mapped = jax.pmap(gradient, axis_name="a")
+    # As written: XLA's CPU back end merges what is computed twice.
+    program = mapped.lower(jnp.asarray(x).reshape(4, 4, 3)).as_text()
+    assert len(re.findall(r"stablehlo\.all_reduce", program)) == expected
 
 
 def test_inference_communicates_nothing():
