@@ -52,8 +52,8 @@ def batch_norm(
     mean, 1/sqrt(var + eps) and count per feature, and the weights if given. No gradient
     flows into or out of the statistics.
 
-    Under `jax.checkpoint` the moments are computed again in the backward pass, unless its
-    policy saves the name `MOMENTS_NAME`.
+    Under `jax.checkpoint` the moments are computed again in the backward pass, unless
+    its policy saves the name `MOMENTS_NAME`.
 
     Reverse mode is the fast path. Forward mode (`jax.jvp`, `jax.jacfwd`) works with
     train=False; with train=True JAX raises a TypeError, as for every function with a
