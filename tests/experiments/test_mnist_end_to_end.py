@@ -68,6 +68,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, uninterrupted
     def unfinished_checkpoints() -> list[Path]:
         return list(tmp_path.glob("checkpoints/*.orbax-checkpoint-tmp"))
 
+    def finished_checkpoints() -> set[str]:
+        return {path.name for path in tmp_path.glob("checkpoints/*[0-9]")}
+
     def kill(ready: Callable[[], object], delay: float) -> bool:
         process = start(tmp_path)
         wait_until(ready, process)
@@ -83,7 +86,15 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, uninterrupted
     ]
     known = len(unfinished_checkpoints())
     killed.append(kill(lambda: len(unfinished_checkpoints()) > known, 0))
-    killed += [kill(lambda: True, moments.uniform(4, 9)) for _ in range(3)]
+    for _ in range(3):
+        # Soon after the next checkpoint, so that every start gets somewhere.
+        before = finished_checkpoints()
+        killed.append(
+            kill(
+                lambda before=before: finished_checkpoints() - before,
+                moments.uniform(0, 0.3),
+            )
+        )
     assert sum(killed) >= 5
     finish(tmp_path)
     assert_same_results(tmp_path, uninterrupted)
