@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = Hashable | Sequence[Hashable]
+AxisName = Hashable | tuple[Hashable, ...]
 AxisIndexGroups = Sequence[Sequence[int]]
 
 
@@ -108,7 +108,7 @@ def summed_axes(
     """The axes that `group_sum` sums over whole: none when it sums within groups."""
     if axis_name is None or groups is not None:
         return frozenset()
-    return frozenset(axis_name if isinstance(axis_name, tuple | list) else (axis_name,))
+    return frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))
 
 
 def varying_axes(value: jax.Array) -> frozenset[Hashable]:

@@ -19,8 +19,9 @@ class Moments(NamedTuple):
     exactly.
     """
 
-    # All (features), float32 or float64.
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count; values, or weight
+    # All (features), float32 or float64. `count` is the number of values, or their
+    # total weight; the checker minds that the name hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]
     mean: jax.Array  # 0 where count is 0
     var: jax.Array  # biased: sum((x - mean)^2) / count
 

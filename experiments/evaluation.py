@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.parallel import DEVICE_AXIS
-from experiments.training import Batch, TrainState, take_batch
+from experiments.training import Batch, TrainState, map_networks, take_batch
 
 PERCENTILES = (15, 50, 85)  # of a sigmoid's input: those of the paper's figure 1
 
@@ -27,7 +27,7 @@ def count_correct(
     Args:
       models: the networks by name.
       pixel_scale: what a stored pixel is multiplied by.
-      states: a state a network; every array has a leading axis (replicas).
+      states: as `map_networks` takes them.
       images: (examples, inputs), uint8: this device's share.
       labels: (examples,), int32.
       mask: (examples,), bool: False for padding.
@@ -42,10 +42,7 @@ def count_correct(
         hits = (jnp.argmax(logits, axis=-1) == labels) & mask
         return jax.lax.psum(jnp.sum(hits, dtype=jnp.int32), DEVICE_AXIS)
 
-    return {
-        name: jax.vmap(lambda state, model=model: correct(model, state))(states[name])
-        for name, model in models.items()
-    }
+    return map_networks(correct, models, states)
 
 
 def pad_and_mask(
@@ -83,7 +80,7 @@ def population_statistics(
       models: the networks by name; those with batch normalisation have an attribute
         `decay`.
       pixel_scale: what a stored pixel is multiplied by.
-      states: a state a network; every array has a leading axis (replicas).
+      states: as `map_networks` takes them.
       images: (examples, inputs), uint8: all of the training set.
       labels: (examples,), int32.
       indices: (batches, replicas, batch), int32: this device's share of each batch.
@@ -101,12 +98,7 @@ def population_statistics(
 
     def add(total: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], None]:
         batch = take_batch(images, labels, index, pixel_scale)
-        new = {
-            name: jax.vmap(lambda s, b, model=model: one_batch(model, s, b))(
-                states[name], batch
-            )
-            for name, model in models.items()
-        }
+        new = map_networks(one_batch, models, states, batch)
         return jax.tree.map(jnp.add, total, new), None
 
     nothing = {
@@ -129,7 +121,7 @@ def sigmoid_inputs(
     Args:
       models: the networks by name.
       pixel_scale: what a stored pixel is multiplied by.
-      states: a state a network; every array has a leading axis (replicas).
+      states: as `map_networks` takes them.
       images: (examples, inputs), uint8: they normalise as one batch.
 
     Returns:
@@ -144,7 +136,4 @@ def sigmoid_inputs(
         (values,) = seen["intermediates"]["sigmoid_input"]
         return values
 
-    return {
-        name: jax.vmap(lambda state, model=model: probe(model, state))(states[name])
-        for name, model in models.items()
-    }
+    return map_networks(probe, models, states)

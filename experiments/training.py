@@ -1,7 +1,7 @@
 """The state of a training run, one step of it, and many steps in one compiled loop."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -96,6 +96,29 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), loss
 
 
+def map_networks(
+    function: Callable[..., Any],
+    models: Mapping[str, nn.Module],
+    states: Mapping[str, TrainState],
+    *per_replica: Any,
+) -> dict[str, Any]:
+    """Calls function(model, state, *per_replica) for every network and replica.
+
+    Args:
+      function: of one replica of one network.
+      models: the networks by name.
+      states: a state a network; every array has a leading axis (replicas).
+      *per_replica: further arguments, whose arrays have that axis too.
+
+    Returns:
+      For each network the results, stacked along the axis (replicas).
+    """
+    return {
+        name: jax.vmap(functools.partial(function, model))(states[name], *per_replica)
+        for name, model in models.items()
+    }
+
+
 def train_steps(
     models: Mapping[str, nn.Module],
     pixel_scale: float,
@@ -111,7 +134,7 @@ def train_steps(
     Args:
       models: the networks by name.
       pixel_scale: what a stored pixel is multiplied by.
-      states: a state a network; every array has a leading axis (replicas).
+      states: as `map_networks` takes them.
       images: (examples, inputs), uint8: all of the training set.
       labels: (examples,), int32.
       indices: (steps, replicas, batch), int32: this device's share of each batch.
@@ -124,10 +147,7 @@ def train_steps(
         states: dict[str, TrainState], index: jax.Array
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
         batch = take_batch(images, labels, index, pixel_scale)
-        results = {
-            name: jax.vmap(functools.partial(train_step, model))(states[name], batch)
-            for name, model in models.items()
-        }
+        results = map_networks(train_step, models, states, batch)
         new_states = {name: state for name, (state, _) in results.items()}
         return new_states, {name: loss for name, (_, loss) in results.items()}
 
