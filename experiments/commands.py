@@ -1,7 +1,8 @@
 """What every command shares: its configuration, help, and errors as one line."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -42,12 +43,7 @@ def launch(
     )
 
     def parse(arguments: Sequence[str]) -> list[str]:
-        if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
-            # absl prints the docstring of __main__, and would exit with 1.
-            sys.modules["__main__"].__doc__ = (documentation or "") + _describe(
-                configuration
-            )
-            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+        _answer_help(arguments, (documentation or "") + _describe(configuration))
         program, *given = arguments
         names = [argument.lstrip("-").split("=")[0] for argument in given]
         for name in names:
@@ -70,25 +66,71 @@ def launch(
         # A configuration file may be broken in any way.
         except Exception as error:
             _fail(f"the configuration file does not work: {error!r} (see --help)")
-        if flags.FLAGS["verbosity"].using_default_value:
-            # absl would make it INFO, where Orbax tells every file it touches.
-            logging.set_verbosity(logging.WARNING)
+        _quieten_libraries()
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r} (see --help)")
-        try:
+        with _one_line_errors("; the same command goes on from the last checkpoint."):
             main(flag.value.to_dict())
-        except EXPECTED_ERRORS as error:
-            _fail(str(error))
-        except OSError as error:
-            _fail(f"{error}; the same command goes on from the last checkpoint.")
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last checkpoint.")
-            sys.exit(INTERRUPTED)
 
     app.run(run, flags_parser=parse)
+
+
+def launch_with_arguments(
+    main: Callable[[list[str]], None], documentation: str | None
+) -> None:
+    """Parses the command line and runs a command that takes no configuration.
+
+    Exits as `launch` does.
+
+    Args:
+      main: the command, called with the positional arguments when flags are parsed.
+      documentation: what --help says first.
+    """
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        _answer_help(arguments, documentation or "")
+        try:
+            remaining: list[str] = flags.FLAGS(arguments)
+        except flags.Error as error:
+            _fail(f"{error} (see --help)")
+        _quieten_libraries()
+        return remaining
+
+    def run(arguments: Sequence[str]) -> None:
+        with _one_line_errors("."):
+            main(list(arguments[1:]))
+
+    app.run(run, flags_parser=parse)
+
+
+def _answer_help(arguments: Sequence[str], documentation: str) -> None:
+    if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
+        # absl prints the docstring of __main__, and would exit with 1.
+        sys.modules["__main__"].__doc__ = documentation
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
+
+def _quieten_libraries() -> None:
+    if flags.FLAGS["verbosity"].using_default_value:
+        # absl would make it INFO, where Orbax tells every file it touches.
+        logging.set_verbosity(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _one_line_errors(advice: str) -> Iterator[None]:
+    """Ends the process with one line on what no traceback helps with."""
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}{advice}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted{advice}")
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:

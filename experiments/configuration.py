@@ -1,7 +1,7 @@
 """Checks of an experiment's configuration, before any long work starts."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,6 +51,38 @@ def check_positive(config: Mapping[str, Any], *keys: str) -> None:
         ):
             raise ConfigError(
                 f"--config.{key}={config[key]}: expected a positive number."
+            )
+
+
+def check_shares(config: Mapping[str, Any], *keys: str) -> None:
+    """Checks that values are from 0 to 1.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    for key in keys:
+        value = config[key]
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise ConfigError(f"--config.{key}={value}: expected 0 to 1.")
+
+
+def check_one_of(
+    config: Mapping[str, Any], choices: Mapping[str, Sequence[Any]]
+) -> None:
+    """Checks that values are among those that there are.
+
+    Args:
+      config: the configuration.
+      choices: for each key its values.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    for key, values in choices.items():
+        if config[key] not in values:
+            raise ConfigError(
+                f"--config.{key}={config[key]}: expected one of "
+                f"{', '.join(map(str, values))}."
             )
 
 

@@ -73,8 +73,6 @@ def population_statistics(
 
     The average, over training batches, of the batch means and of the unbiased batch
     variances, with the parameters fixed and every layer normalising by its own batch.
-    A network whose statistics forget at once (decay 0) leaves those of one batch in
-    `batch_stats`, so what is averaged are these.
 
     Args:
       models: the networks by name; those with batch normalisation have an attribute
@@ -90,11 +88,7 @@ def population_statistics(
     """
 
     def one_batch(model: nn.Module, state: TrainState, batch: Batch) -> Any:
-        forgetful = model.clone(decay=0.0)
-        _, updated = forgetful.apply(
-            state.variables, batch.inputs, train=True, mutable=["batch_stats"]
-        )
-        return updated.get("batch_stats", {})
+        return batch_statistics(model.clone(decay=0.0), state, batch.inputs)
 
     def add(total: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], None]:
         batch = take_batch(images, labels, index, pixel_scale)
@@ -106,6 +100,24 @@ def population_statistics(
     }
     total, _ = jax.lax.scan(add, nothing, indices)
     return jax.tree.map(lambda value: value / indices.shape[0], total)
+
+
+def batch_statistics(forgetful: nn.Module, state: TrainState, inputs: jax.Array) -> Any:
+    """The statistics of one batch, what Algorithm 2 averages.
+
+    Args:
+      forgetful: the network, with statistics that forget at once (decay 0): then the
+        moving average of one batch is that batch's.
+      state: of the network.
+      inputs: (examples, ...), this device's share.
+
+    Returns:
+      The collection `batch_stats`: batch means and unbiased batch variances.
+    """
+    _, updated = forgetful.apply(
+        state.variables, inputs, train=True, mutable=["batch_stats"]
+    )
+    return updated.get("batch_stats", {})
 
 
 def sigmoid_inputs(

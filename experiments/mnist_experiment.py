@@ -95,7 +95,7 @@ class Experiment:
         def init(name: str, seed: Any, rate: Any, std: Any) -> TrainState:
             model = self.models[name].clone(initial_std=std)
             key = jax.random.key(seed)
-            return training.init_state(model, self.num_inputs, key, rate)
+            return training.init_state(model, (self.num_inputs,), key, rate)
 
         states = {
             name: jax.jit(jax.vmap(functools.partial(init, name)))(*self.replicas)

@@ -17,6 +17,7 @@ from experiments.configuration import (
     check_at_least,
     check_keys,
     check_positive,
+    check_shares,
 )
 from experiments.data.image_set import load_image_set
 from experiments.metrics import finite
@@ -92,8 +93,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_at_least(config, 2, "batch_size")
     check_at_least(config, 0, "first_seed", "early_steps", "probe_examples")
     check_positive(config, "learning_rate", "initial_std", "epsilon")
-    if not 0 <= config["decay"] <= 1:
-        raise ConfigError(f"--config.decay={config['decay']}: expected 0 to 1.")
+    check_shares(config, "decay")
     if not config["hidden"]:
         raise ConfigError("--config.hidden=(): expected at least one hidden layer.")
 

@@ -49,8 +49,12 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def check_divisible(batch_size: int) -> None:
+def check_divisible(batch_size: int, key: str = "batch_size") -> None:
     """Checks that a batch can be shared out evenly.
+
+    Args:
+      batch_size: examples over all devices.
+      key: what the configuration calls it.
 
     Raises:
       DeviceError: the batch size is no multiple of the number of local devices.
@@ -58,9 +62,9 @@ def check_divisible(batch_size: int) -> None:
     devices = jax.local_device_count()
     if batch_size % devices:
         raise DeviceError(
-            f"batch_size={batch_size} does not divide over {devices} devices; use a "
+            f"{key}={batch_size} does not divide over {devices} devices; use a "
             f"multiple of {devices}, for example "
-            f"--config.batch_size={max(1, round(batch_size / devices)) * devices}."
+            f"--config.{key}={max(1, round(batch_size / devices)) * devices}."
         )
 
 

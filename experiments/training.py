@@ -11,6 +11,8 @@ import optax
 
 from experiments.parallel import DEVICE_AXIS
 
+AUXILIARY_WEIGHT = 0.3  # of the loss of an auxiliary head (GoogLeNet)
+
 
 class TrainState(NamedTuple):
     """What a training step reads and writes, and a checkpoint holds."""
@@ -29,71 +31,140 @@ class TrainState(NamedTuple):
 class Batch(NamedTuple):
     """Examples of one step on one device."""
 
-    inputs: jax.Array  # (examples, inputs), float32
+    inputs: jax.Array  # (examples, ...), float32
     labels: jax.Array  # (examples,), int32
 
 
-def make_optimiser() -> optax.GradientTransformation:
-    """Plain SGD whose learning rate is part of its state.
+def make_optimiser(
+    momentum: float | None = None, l2_weight: float = 0.0
+) -> optax.GradientTransformation:
+    """SGD whose learning rate is part of its state.
 
-    So that one compiled step serves runs of several rates side by side.
+    So that one compiled step serves runs of several rates, side by side or after one
+    another.
+
+    Args:
+      momentum: decay of the trace of gradients; None for plain SGD.
+      l2_weight: the penalty l2_weight / 2 * |w|^2 is part of the loss, for the weights
+        w of dense and convolutional layers.
     """
-    return optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
+
+    def sgd(learning_rate: float | jax.Array) -> optax.GradientTransformation:
+        step = optax.sgd(learning_rate, momentum)
+        if not l2_weight:
+            return step
+        # Before momentum: the gradient of the penalty is part of the gradient.
+        penalty = optax.add_decayed_weights(l2_weight, mask=_is_kernel)
+        return optax.chain(penalty, step)
+
+    return optax.inject_hyperparams(sgd)(learning_rate=0.0)
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key.endswith("kernel"), params
+    )
+
+
+PLAIN_SGD = make_optimiser()
+
+
+def with_learning_rate(
+    opt_state: optax.OptState, learning_rate: float | jax.Array
+) -> optax.OptState:
+    """Sets the rate of a state of `make_optimiser`'s; it may be traced."""
+    rate = jnp.asarray(learning_rate, jnp.float32)
+    return opt_state._replace(hyperparams={"learning_rate": rate})
 
 
 def init_state(
     model: nn.Module,
-    num_inputs: int,
+    input_shape: tuple[int, ...],
     key: jax.Array,
     learning_rate: float | jax.Array,
+    optimiser: optax.GradientTransformation = PLAIN_SGD,
 ) -> TrainState:
     """The state before the first step.
 
     Args:
       model: called as model(inputs, train=...).
-      num_inputs: size of an input vector.
+      input_shape: of one example.
       key: a random key for the weights.
       learning_rate: SGD's; may be traced.
+      optimiser: of `make_optimiser`.
     """
-    variables = model.init(key, jnp.zeros((1, num_inputs)), train=True)
+    variables = model.init(
+        {"params": key, "dropout": key}, jnp.zeros((1, *input_shape)), train=True
+    )
     params = variables["params"]
-    opt_state = make_optimiser().init(params)
-    rate = jnp.asarray(learning_rate, jnp.float32)
-    opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=opt_state,
+        opt_state=with_learning_rate(optimiser.init(params), learning_rate),
     )
 
 
 def train_step(
-    model: nn.Module, state: TrainState, batch: Batch
+    model: nn.Module,
+    state: TrainState,
+    batch: Batch,
+    *,
+    optimiser: optax.GradientTransformation = PLAIN_SGD,
+    dropout_key: jax.Array | None = None,
+    checkpoint_policy: Callable[..., bool] | None = None,
 ) -> tuple[TrainState, jax.Array]:
     """One step of SGD on the mean cross-entropy over all devices' batches.
 
     Runs on one device, inside a map that names `DEVICE_AXIS`.
 
+    Args:
+      model: called as model(inputs, train=...); it returns logits, or a pair of them
+        and an auxiliary head's.
+      state: before the step.
+      batch: this device's share of the examples.
+      optimiser: of `make_optimiser`.
+      dropout_key: this device's, where the model has dropout.
+      checkpoint_policy: of `jax.checkpoint`: what the backward pass keeps when it
+        computes the rest again. None keeps all it needs.
+
     Returns:
       The new state and the loss, (), float32; both the same on all devices.
     """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
 
     def loss_of(params: Any) -> tuple[jax.Array, Any]:
         variables = state._replace(params=params).variables
         logits, updated = model.apply(
-            variables, batch.inputs, train=True, mutable=["batch_stats"]
+            variables, batch.inputs, train=True, mutable=["batch_stats"], rngs=rngs
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return jnp.mean(losses), updated.get("batch_stats", {})
+        return cross_entropy(logits, batch.labels), updated.get("batch_stats", {})
 
+    if checkpoint_policy is not None:
+        loss_of = jax.checkpoint(loss_of, policy=checkpoint_policy)
     (loss, batch_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     # Averaged after the gradient: averaging the loss inside it would give each
     # device's gradient a second sum over devices.
     loss, grads = jax.lax.pmean((loss, grads), DEVICE_AXIS)
-    updates, opt_state = make_optimiser().update(grads, state.opt_state, state.params)
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), loss
+
+
+def cross_entropy(
+    logits: jax.Array | tuple[jax.Array, jax.Array], labels: jax.Array
+) -> jax.Array:
+    """Mean softmax cross-entropy, (), float32.
+
+    Args:
+      logits: (examples, classes); or a pair, whose second counts `AUXILIARY_WEIGHT`.
+      labels: (examples,), int32.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    if isinstance(logits, tuple):
+        main, auxiliary = (jnp.mean(losses(head, labels)) for head in logits)
+        return main + AUXILIARY_WEIGHT * auxiliary
+    return jnp.mean(losses(logits, labels))
 
 
 def map_networks(

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -14,7 +13,8 @@ def batch_indices(
     num_steps: int,
     num_examples: int,
     batch_size: int,
-) -> jax.Array:
+    shard_lengths: Sequence[int] | None = None,
+) -> np.ndarray:
     """Returns which examples make up the batches of consecutive training steps.
 
     The batch of a step is a function of the seed and the step alone, so a run may be
@@ -28,6 +28,9 @@ def batch_indices(
       num_steps: how many steps to return.
       num_examples: how many training examples there are.
       batch_size: how many examples make up a batch.
+      shard_lengths: if given, an epoch is a permutation of shards of so many
+        consecutive examples, each read in order: the same examples always meet in a
+        batch. None: a permutation of the examples.
 
     Returns:
       int32 (num_steps, len(seeds), batch_size), in [0, num_examples).
@@ -40,25 +43,46 @@ def batch_indices(
             f"batch_size is {batch_size}: expected 1 to {num_examples}, the number of "
             "training examples; choose a batch size in this range"
         )
+    shards = None if shard_lengths is None else tuple(shard_lengths)
     steps_per_epoch = num_examples // batch_size
     indices = np.empty((num_steps, len(seeds), batch_size), np.int32)
     for i in range(num_steps):
         epoch, step = divmod(first_step + i, steps_per_epoch)
-        order = _epoch_order(tuple(seeds), epoch, num_examples)
+        order = _epoch_order(tuple(seeds), epoch, num_examples, shards)
         indices[i] = order[:, step * batch_size : (step + 1) * batch_size]
-    return jnp.asarray(indices)
+    return indices
 
 
 # Consecutive calls go forward through the epochs, so remembering the last is enough;
 # one more is for a caller that looks ahead. NumPy, since its slicing compiles nothing.
 @functools.lru_cache(maxsize=2)
-def _epoch_order(seeds: tuple[int, ...], epoch: int, num_examples: int) -> np.ndarray:
-    """Returns each seed's permutation for an epoch, int32 (seeds, num_examples)."""
+def _epoch_order(
+    seeds: tuple[int, ...],
+    epoch: int,
+    num_examples: int,
+    shard_lengths: tuple[int, ...] | None,
+) -> np.ndarray:
+    """Returns each seed's order of an epoch, int32 (seeds, num_examples)."""
+    num_shuffled = num_examples if shard_lengths is None else len(shard_lengths)
     # One by one, as some random generators give other numbers under vmap.
     permutations = [
-        jax.random.permutation(
-            jax.random.fold_in(jax.random.key(seed), epoch), num_examples
+        np.asarray(
+            jax.random.permutation(
+                jax.random.fold_in(jax.random.key(seed), epoch), num_shuffled
+            ),
+            np.int32,
         )
         for seed in seeds
     ]
-    return np.stack(permutations).astype(np.int32)
+    if shard_lengths is not None:
+        starts = np.cumsum(shard_lengths) - shard_lengths
+        permutations = [
+            np.concatenate(
+                [
+                    np.arange(starts[shard], starts[shard] + shard_lengths[shard])
+                    for shard in permutation
+                ]
+            ).astype(np.int32)
+            for permutation in permutations
+        ]
+    return np.stack(permutations)

@@ -1,11 +1,14 @@
 """What a network is made of: shapes, parameters and multiply-adds, from its trace."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from experiments.models.layers import SeparableConv
 
 
 class Layer(NamedTuple):
@@ -39,11 +42,12 @@ def describe(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...
         if context.method_name != "__call__" or not module.path:
             return output
         name = module.path[0]
-        if isinstance(module, nn.Conv | nn.Dense):
-            kernel = module.variables["params"]["kernel"]
+        if isinstance(module, nn.Conv | nn.Dense | SeparableConv):
             positions = math.prod(output.shape[1:-1])
-            multiply_adds = positions * math.prod(kernel.shape)
-            weight_layers.setdefault(name, []).append(multiply_adds)
+            for key, kernel in module.variables["params"].items():
+                if key.endswith("kernel"):
+                    multiply_adds = positions * math.prod(kernel.shape)
+                    weight_layers.setdefault(name, []).append(multiply_adds)
         if len(module.path) == 1 and not isinstance(module, nn.Dropout):
             outputs[name] = output.shape[1:]
         return output
@@ -64,3 +68,38 @@ def describe(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[Layer, ...
         )
         for name, shape in outputs.items()
     )
+
+
+def as_table(layers: Sequence[Layer]) -> str:
+    """The layers and their sums, as text for a terminal."""
+    sums = [
+        sum(numbers) for numbers in zip(*(layer[2:] for layer in layers), strict=True)
+    ]
+    rows = [
+        ("layer", "output", "parameters", "weight layers", "multiply-adds"),
+        *(
+            (layer.name, "x".join(map(str, layer.output_shape)), *_commas(layer[2:]))
+            for layer in layers
+        ),
+        ("total", "", *_commas(sums)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                *(
+                    cell.ljust(width)
+                    for cell, width in zip(row[:2], widths, strict=False)
+                ),
+                *(
+                    cell.rjust(width)
+                    for cell, width in zip(row[2:], widths[2:], strict=True)
+                ),
+            ]
+        )
+        for row in rows
+    )
+
+
+def _commas(numbers: Iterable[int]) -> list[str]:
+    return [f"{number:,}" for number in numbers]

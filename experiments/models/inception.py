@@ -97,12 +97,12 @@ def scaled(channels: int, width: float) -> int:
 def stem_strides(input_size: int) -> tuple[int, int, int]:
     """Strides of the first convolution and of the two max pools after it.
 
-    The paper's at 224 x 224 are 2, 2, 2. Smaller images keep a map of 12 to 28
+    The paper's at 224 x 224 are 2, 2, 2. Smaller images keep a map of 14 to 28
     positions a side for the first row, so that the rows after it have something to see.
     """
     if input_size >= 112:
         return 2, 2, 2
-    return (1, 2, 2) if input_size >= 48 else (1, 1, 2)
+    return (2, 2, 1) if input_size >= 56 else (1, 2, 1)
 
 
 class InceptionBlock(nn.Module):

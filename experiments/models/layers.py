@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 # Called with axis, name and, for ReLU, activation.
@@ -49,23 +50,16 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, height, width, channels) to the same with other sizes."""
-        conv = functools.partial(
-            nn.Conv, kernel_init=self.kernel_init, dtype=self.dtype
-        )
-        kernel, strides = (self.kernel_size,) * 2, (self.stride,) * 2
-        if self.separable:
-            inputs = x.shape[-1]
-            x = conv(
-                DEPTH_MULTIPLIER * inputs,
-                kernel,
-                strides,
-                feature_group_count=inputs,
-                use_bias=False,
-                name="depthwise",
-            )(x)
-            kernel, strides = (1, 1), (1, 1)
-        use_bias = self.norm is None
-        x = conv(self.channels, kernel, strides, use_bias=use_bias, name="conv")(x)
+        layer = SeparableConv if self.separable else nn.Conv
+        x = layer(
+            self.channels,
+            (self.kernel_size,) * 2,
+            (self.stride,) * 2,
+            use_bias=self.norm is None,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
         x = checkpoint_name(x, CONVOLUTION_OUTPUT)
         nonlinearity = ACTIVATIONS[self.activation]
         if self.norm is None:
@@ -76,6 +70,62 @@ class Convolution(nn.Module):
         if self.activation == "relu":
             return norm(activation="relu")(x)
         return nonlinearity(norm()(x))
+
+
+class SeparableConv(nn.Module):
+    """One convolution per input channel, `DEPTH_MULTIPLIER` outputs each, and a 1x1.
+
+    There is nothing between the two, so they are computed as the one convolution that
+    they amount to: for the three channels of an image that is many times faster than a
+    grouped convolution on a CPU, and gives the same up to rounding.
+
+    Attributes:
+      features: outputs.
+      kernel_size: height and width.
+      strides: in both directions.
+      use_bias: add a bias.
+      kernel_init: initialises both kernels.
+      dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: tuple[int, int]
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, inputs) to (batch, ..., features)."""
+        inputs = x.shape[-1]
+        depthwise = self.param(
+            "depthwise_kernel",
+            self.kernel_init,
+            (*self.kernel_size, 1, inputs * DEPTH_MULTIPLIER),
+        )
+        pointwise = self.param(
+            "pointwise_kernel",
+            self.kernel_init,
+            (1, 1, inputs * DEPTH_MULTIPLIER, self.features),
+        )
+        kernel = jnp.einsum(
+            "hwim,imo->hwio",
+            depthwise.reshape(*self.kernel_size, inputs, DEPTH_MULTIPLIER),
+            pointwise.reshape(inputs, DEPTH_MULTIPLIER, self.features),
+            precision="highest",
+        )
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            self.strides,
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            x = x + bias.astype(self.dtype)
+        return x
 
 
 def pool3x3(x: jax.Array, kind: str, stride: int) -> jax.Array:
@@ -94,6 +144,7 @@ def local_response_norm(x: jax.Array) -> jax.Array:
     """
     square = jnp.square(x.astype(jnp.float32))
     window = (1, 1, 1, 5)
-    zero = jnp.zeros((), square.dtype)
+    # A constant: with a traced zero, JAX does not see that this is a sum.
+    zero = np.zeros((), square.dtype)
     total = jax.lax.reduce_window(square, zero, jax.lax.add, window, (1,) * 4, "SAME")
     return (x * (1 + 1e-4 / 5 * total) ** -0.75).astype(x.dtype)

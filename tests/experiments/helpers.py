@@ -82,7 +82,7 @@ def make_states(
     for name, model in models.items():
 
         def init(seed: Any, rate: Any, model: MLP = model) -> TrainState:
-            state = init_state(model, num_inputs, jax.random.key(seed), rate)
+            state = init_state(model, (num_inputs,), jax.random.key(seed), rate)
             leaves, structure = jax.tree.flatten((state.params, state.batch_stats))
             keys = jax.random.split(jax.random.key(seed + 99), len(leaves))
             shaken = [

@@ -8,7 +8,9 @@ from experiments.configuration import (
     as_tuple,
     check_at_least,
     check_keys,
+    check_one_of,
     check_positive,
+    check_shares,
 )
 from experiments.mnist_measurements import evaluation_steps, milestone_steps
 from experiments.mnist_training import check_config
@@ -41,6 +43,26 @@ def test_positive_accepts(value):
 def test_positive_refuses(value):
     with pytest.raises(ConfigError, match=r"^--config\.key=.*: expected a positive"):
         check_positive({"other": 2.0, "key": value}, "other", "key")
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0, 0.3])
+def test_shares_accepts(value):
+    check_shares({"key": value}, "key")
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.01, 2, math.nan, math.inf, "0.5", None])
+def test_shares_refuses(value):
+    with pytest.raises(ConfigError, match=r"^--config\.key=.*: expected 0 to 1\.$"):
+        check_shares({"other": 0.5, "key": value}, "other", "key")
+
+
+def test_one_of():
+    choices = {"one": ("a", "b"), "other": (96, 128)}
+    check_one_of({"one": "b", "other": 96}, choices)
+    with pytest.raises(ConfigError, match=r"^--config\.one=c: expected one of a, b\.$"):
+        check_one_of({"one": "c", "other": 96}, choices)
+    with pytest.raises(ConfigError, match=r"^--config\.other=64: .* of 96, 128\.$"):
+        check_one_of({"one": "a", "other": 64}, choices)
 
 
 def test_as_tuple():

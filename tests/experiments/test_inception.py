@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,10 @@ from experiments.models.inception import (
     KEEP_CONVOLUTIONS,
     TABLE,
     Inception,
+    stem_strides,
     table_rows,
 )
-from experiments.models.layers import local_response_norm, pool3x3
+from experiments.models.layers import SeparableConv, local_response_norm, pool3x3
 
 NORM = functools.partial(bn_jax.linen.BatchNorm, epsilon=1e-3)
 NORM_WITHOUT_SCALE = functools.partial(NORM, use_scale=False)
@@ -28,6 +30,10 @@ def small_images(batch=4):
 def shapes(model, images):
     initialise = functools.partial(model.init, train=False)
     return jax.eval_shape(initialise, {"params": jax.random.key(0)}, images)
+
+
+def shapes_of(layer, x):
+    return jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
 
 
 def init(model, images):
@@ -144,6 +150,24 @@ def test_width_multiplies_channels():
 def test_tables_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         describe(Inception(**options), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("size", "strides"),
+    {
+        224: (2, 2, 2),
+        112: (2, 2, 2),
+        111: (2, 2, 1),
+        64: (2, 2, 1),
+        56: (2, 2, 1),
+        55: (1, 2, 1),
+        32: (1, 2, 1),
+    }.items(),
+)
+def test_stem_keeps_a_map_for_the_rows(size, strides):
+    assert stem_strides(size) == strides
+    first_row = size / np.prod(strides)
+    assert 13 < first_row <= 28
 
 
 def test_where_batch_normalisation_sits():
@@ -264,6 +288,76 @@ def test_local_response_norm_by_hand():
     windows = [square[max(0, i - 2) : i + 3].sum() for i in range(7)]
     expected = np.arange(1.0, 8.0) * 100 / (1 + 2e-5 * np.array(windows)) ** 0.75
     np.testing.assert_allclose(local_response_norm(x)[0, 0, 0], expected, rtol=1e-6)
+
+
+def test_gradient_of_local_response_norm_by_hand():
+    random = np.random.default_rng(0)
+    # Large enough that the denominators differ.
+    x, grad = (
+        random.standard_normal((2, 2, 3, 3, 9)) * np.array([[300], [1]])[:, None, None]
+    )
+    near = np.abs(np.subtract.outer(range(9), range(9))) <= 2
+    base = 1 + 2e-5 * np.square(x) @ near
+    shared = (grad * x * base**-1.75) @ near
+    expected = grad * base**-0.75 - 1.5 * 2e-5 * x * shared
+    assert base.max() > 5
+
+    def weighted(x):
+        return jnp.sum(local_response_norm(x) * grad.astype(np.float32))
+
+    for gradient in (jax.grad(weighted), jax.jit(jax.grad(weighted))):
+        found = gradient(jnp.float32(x))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_separable_convolution_is_a_depthwise_and_a_1x1_one(strides, use_bias):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 9, 8, 3)).astype(np.float32)
+    layer = SeparableConv(5, (7, 3), strides, use_bias=use_bias)
+    params = jax.tree.map(
+        lambda leaf: random.standard_normal(leaf.shape).astype(np.float32),
+        shapes_of(layer, x),
+    )
+    assert params["depthwise_kernel"].shape == (7, 3, 1, 24)
+    assert params["pointwise_kernel"].shape == (1, 1, 24, 5)
+    assert ("bias" in params) == use_bias
+    depthwise = nn.Conv(
+        24, (7, 3), strides, feature_group_count=3, use_bias=False, precision="highest"
+    )
+    pointwise = nn.Conv(5, (1, 1), use_bias=use_bias, precision="highest")
+
+    def expected(params, x):
+        y = depthwise.apply({"params": {"kernel": params["depthwise_kernel"]}}, x)
+        kernel = {"kernel": params["pointwise_kernel"]}
+        bias = {"bias": params["bias"]} if use_bias else {}
+        return pointwise.apply({"params": kernel | bias}, y)
+
+    def loss(function, params):
+        return jnp.mean(jnp.sin(function(params, x) / 10))
+
+    def found(params, x):
+        return layer.apply({"params": params}, x)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(found(params, x), expected(params, x), atol=2e-4)
+    jax.tree.map(
+        close,
+        *(
+            jax.jit(jax.grad(functools.partial(loss, function)))(params)
+            for function in (found, expected)
+        ),
+    )
+
+
+def test_separable_convolution_computes_in_its_dtype():
+    layer = SeparableConv(5, (3, 3), (1, 1), dtype=jnp.bfloat16)
+    x = jnp.ones((1, 4, 4, 3))
+    params = shapes_of(layer, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    output = jax.eval_shape(layer.apply, {"params": params}, x)
+    assert output.dtype == jnp.bfloat16
 
 
 def test_pools_by_hand():

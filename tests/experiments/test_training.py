@@ -7,7 +7,16 @@ import pytest
 
 from experiments import parallel
 from experiments.models.mlp import MLP
-from experiments.training import TrainState, init_state, take_batch, train_steps
+from experiments.training import (
+    AUXILIARY_WEIGHT,
+    TrainState,
+    cross_entropy,
+    init_state,
+    make_optimiser,
+    take_batch,
+    train_steps,
+    with_learning_rate,
+)
 from tests.experiments.helpers import (
     assert_trees_identical,
     make_image_set,
@@ -212,7 +221,7 @@ def test_rate_scales_the_step(states):
 
 def test_initial_state():
     model = MLP(hidden=(5,), num_classes=3)
-    state = init_state(model, 7, jax.random.key(3), 0.25)
+    state = init_state(model, (7,), jax.random.key(3), 0.25)
     variables = model.init(jax.random.key(3), jnp.zeros((1, 7)), train=True)
     assert_trees_identical(state.params, variables["params"])
     assert_trees_identical(state.batch_stats, variables["batch_stats"])
@@ -220,7 +229,7 @@ def test_initial_state():
     rate = state.opt_state.hyperparams["learning_rate"]
     assert rate == 0.25
     assert rate.dtype == jnp.float32
-    assert init_state(MODELS["baseline"], 7, jax.random.key(3), 1).batch_stats == {}
+    assert init_state(MODELS["baseline"], (7,), jax.random.key(3), 1).batch_stats == {}
 
 
 def test_initial_deviation_may_be_traced():
@@ -244,3 +253,109 @@ def test_take_batch():
     expected = IMAGES[INDICES[0]].astype(np.float32) / 255
     np.testing.assert_allclose(batch.inputs, expected, rtol=1e-6)
     np.testing.assert_array_equal(batch.labels, DATA.train_labels[INDICES[0]])
+
+
+def parameters_and_gradients():
+    """Every kind of parameter of a convolutional network, and three gradients."""
+    random = np.random.default_rng(0)
+    shapes = {
+        "conv1": {
+            "conv": {
+                "depthwise_kernel": (3, 3, 1, 2),
+                "pointwise_kernel": (1, 1, 2, 4),
+            },
+            "norm": {"scale": (4,), "bias": (4,)},
+        },
+        "row": {"conv": {"kernel": (1, 1, 4, 3), "bias": (3,)}},
+        "classifier": {"kernel": (3, 2), "bias": (2,)},
+    }
+
+    def draw():
+        return jax.tree.map(
+            lambda shape: random.standard_normal(shape).astype(np.float32),
+            shapes,
+            is_leaf=lambda leaf: isinstance(leaf, tuple),
+        )
+
+    return draw(), [draw() for _ in range(3)]
+
+
+def descend(optimiser, params, gradients, rates):
+    state = optimiser.init(params)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        state = with_learning_rate(state, rate)
+        updates, state = optimiser.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
+@pytest.mark.parametrize("l2_weight", [0.0, 0.3])
+def test_momentum_and_l2_by_hand(momentum, l2_weight):
+    params, gradients = parameters_and_gradients()
+    rates = [0.5, 0.5, 0.1]
+    found = descend(make_optimiser(momentum, l2_weight), params, gradients, rates)
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    expected = []
+    for number, (path, weights) in enumerate(paths):
+        weights, trace = np.float64(weights), 0.0
+        penalised = path[-1].key in ("kernel", "depthwise_kernel", "pointwise_kernel")
+        for gradient, rate in zip(gradients, rates, strict=True):
+            # The gradient of l2_weight / 2 * |w|^2.
+            step = jax.tree.leaves(gradient)[number] + penalised * l2_weight * weights
+            trace = (momentum or 0.0) * trace + step
+            weights = weights - rate * trace
+        expected.append(weights)
+    assert_close(found, structure.unflatten(expected))
+
+
+def test_l2_leaves_biases_and_normalisation_alone():
+    params, _ = parameters_and_gradients()
+    nothing = jax.tree.map(np.zeros_like, params)
+    found = descend(make_optimiser(0.9, 0.5), params, [nothing], [1.0])
+    for part, name in (("conv1", "norm"), ("row", "conv")):
+        for key in params[part][name].keys() & {"scale", "bias"}:
+            np.testing.assert_array_equal(
+                found[part][name][key], params[part][name][key]
+            )
+    kernel = params["row"]["conv"]["kernel"]
+    np.testing.assert_allclose(found["row"]["conv"]["kernel"], kernel / 2, rtol=1e-6)
+
+
+def test_plain_sgd_keeps_no_trace():
+    params, _ = parameters_and_gradients()
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def kept(optimiser):
+        return sum(jnp.size(leaf) for leaf in jax.tree.leaves(optimiser.init(params)))
+
+    assert kept(make_optimiser()) < size
+    assert size <= kept(make_optimiser(0.9, 0.1)) < 2 * size
+
+
+def test_the_rate_of_a_state_may_be_traced():
+    params, (gradient, *_) = parameters_and_gradients()
+    optimiser = make_optimiser(0.9, 0.1)
+    state = optimiser.init(params)
+    changed = jax.jit(with_learning_rate)(state, 0.25)
+    rate = changed.hyperparams["learning_rate"]
+    assert rate == 0.25
+    assert rate.dtype == jnp.float32
+    assert_trees_identical(
+        with_learning_rate(changed, 0.0), with_learning_rate(state, 0.0)
+    )
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    quarter, _ = optimiser.update(gradient, changed, params)
+    whole, _ = optimiser.update(gradient, with_learning_rate(state, 1.0), params)
+    assert_trees_identical(jax.tree.map(lambda leaf: 4 * leaf, quarter), whole)
+
+
+def test_cross_entropy_by_hand():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])) + 7
+    labels = jnp.array([0, 1])
+    expected = (np.log(2) + np.log(10)) / 2
+    assert cross_entropy(logits, labels) == pytest.approx(expected, rel=1e-6)
+    chance = jnp.zeros((2, 3))
+    both = cross_entropy((logits, chance), labels)
+    assert both == pytest.approx(expected + 0.3 * np.log(3), rel=1e-6)
+    assert AUXILIARY_WEIGHT == 0.3

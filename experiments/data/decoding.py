@@ -1,0 +1,124 @@
+"""Decodes encoded images: JPEG as ImageNet holds them, and PNG, whatever their name."""
+
+import re
+import struct
+
+import cv2
+import numpy as np
+
+from experiments.data.splits import UndecodableError
+
+_JPEG_START = b"\xff\xd8\xff"
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_END = b"IEND\xae\x42\x60\x82"
+
+# A marker of JPEG: any number of bytes 255, and its code. Decoders skip what stands
+# between two segments though nothing should.
+_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+_FRAME_CODES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SCAN_CODE = 0xDA
+_JPEG_END = b"\xff\xd9"
+
+# The orientation that a camera noted is ignored, as TensorFlow and Pillow ignore it:
+# images then look as they do to networks that were trained with those.
+_FLAGS = {
+    1: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
+}
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Reads the size of an image from its header, without decoding it.
+
+    Args:
+      encoded: a JPEG or PNG file.
+
+    Returns:
+      The image's height and width in pixels.
+
+    Raises:
+      UndecodableError: if the header is of neither form, incomplete or malformed, or
+        if the end of the file is missing.
+    """
+    if encoded.startswith(_JPEG_START):
+        height, width = _jpeg_size(encoded)
+    elif encoded.startswith(_PNG_START):
+        height, width = _png_size(encoded)
+    else:
+        raise UndecodableError(
+            f"neither a JPEG nor a PNG: {len(encoded)} bytes that begin with "
+            f"{encoded[:8]!r}"
+        )
+    if height == 0 or width == 0:
+        raise UndecodableError(f"its header says that it is {height}x{width} pixels")
+    return height, width
+
+
+def decode(encoded: bytes, at_least: int | None = None) -> np.ndarray:
+    """Decodes an image.
+
+    Greyscale becomes RGB of three equal channels; CMYK is taken to be inverted, as
+    Adobe's programs write it and Pillow assumes too; transparency is dropped.
+
+    A truncated file is an error, since a decoder would fill the rest with grey. What
+    is damaged in the middle of a JPEG cannot be told from what was photographed: it
+    decodes to wrong pixels, with at most a line from libjpeg on stderr.
+
+    Args:
+      encoded: a JPEG or PNG file. What follows the end of the image is ignored.
+      at_least: a JPEG may come out smaller by a factor of 2, 4 or 8, which takes less
+        time and leaves no aliasing, as long as its shorter side has this many pixels.
+        None: as large as it is.
+
+    Returns:
+      RGB, uint8 (height, width, 3).
+
+    Raises:
+      UndecodableError: if the image is of neither form, truncated, or cannot be
+        decoded. The message says why; the caller knows the image's name.
+    """
+    size = image_size(encoded)
+    factor = 1
+    if at_least is not None and encoded.startswith(_JPEG_START):
+        factor = max(f for f in _FLAGS if f == 1 or min(size) // f >= at_least)
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), _FLAGS[factor])
+    except cv2.error as error:  # more pixels than OpenCV reads, for one
+        reason = " ".join(str(error).split())
+        raise UndecodableError(f"OpenCV cannot decode it: {reason}") from error
+    if image is None:
+        raise UndecodableError("OpenCV cannot decode it: its content is malformed")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _jpeg_size(encoded: bytes) -> tuple[int, int]:
+    """Walks through the segments of a header; returns the frame's height and width."""
+    position = len(_JPEG_START) - 1
+    size = None
+    while marker := _MARKER.search(encoded, position):
+        position = marker.end()
+        code = marker[1][0]
+        if code == _SCAN_CODE and size is not None:
+            # A thumbnail inside the header has an end of its own, and 255 in the
+            # compressed data is never followed by the code of the end.
+            if encoded.rfind(_JPEG_END, position) < 0:
+                raise UndecodableError("truncated: the JPEG's end-of-image is missing")
+            return size
+        try:
+            if code in _FRAME_CODES:
+                size = struct.unpack_from(">3xHH", encoded, position)
+            (length,) = struct.unpack_from(">H", encoded, position)
+        except struct.error:
+            break
+        position += length
+    raise UndecodableError("truncated: the JPEG's header is incomplete")
+
+
+def _png_size(encoded: bytes) -> tuple[int, int]:
+    """Reads the first chunk, and looks whether the last one is there."""
+    if encoded.rfind(_PNG_END) < 0:
+        raise UndecodableError("truncated: the PNG's end is missing")
+    width, height = struct.unpack_from(">II", encoded, len(_PNG_START))
+    return height, width

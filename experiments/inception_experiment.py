@@ -1,0 +1,362 @@
+"""The network of the Inception experiment and its compiled functions."""
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bn_jax.linen
+from experiments import evaluation, parallel, training
+from experiments.configuration import ConfigError
+from experiments.data.distortions import distort
+from experiments.data.loader import ImageBatch
+from experiments.models.inception import KEEP_CONVOLUTIONS, Inception
+from experiments.training import Batch, TrainState
+
+INITIALISATIONS = ("gaussian", "he")
+# How a trained network's statistics come about at inference: followed while training,
+# of the population (Algorithm 2), or of the test batch itself.
+STATISTICS = ("moving_average", "population", "test_batch")
+# What the network depends on, beside the rows with statistics per activation.
+MODEL_KEYS = (
+    *("batch_norm", "activation", "dropout_rate", "local_response_norm", "width"),
+    *("pool_projection", "separable_stem", "auxiliary_head", "epsilon", "decay"),
+    *("initialisation", "initial_std", "initial_scale", "dtype"),
+)
+
+
+def learning_rate(config: Mapping[str, Any], step: int) -> float:
+    """The rate of a step: an exponential decay in a staircase.
+
+    Args:
+      config: keys as `experiments.configs.inception.KEYS` describes them.
+      step: steps done before.
+    """
+    # In this order a whole number of decays is one after rounding, too.
+    decays = int(step * config["decay_speed"] / config["steps_per_decay"])
+    initial: float = config["learning_rate"] * config["rate_multiple"]
+    return initial * config["decay_factor"] ** decays
+
+
+def make_model(config: Mapping[str, Any], num_classes: int) -> Inception:
+    """The network that a configuration describes; the same object for equal ones."""
+    keys = {key: config[key] for key in MODEL_KEYS}
+    rows = tuple(config["per_activation_rows"])
+    return _make_model(num_classes, **keys, per_activation_rows=rows)
+
+
+@functools.lru_cache
+def _make_model(num_classes: int, **config: Any) -> Inception:
+    norm = functools.partial(
+        bn_jax.linen.BatchNorm,
+        momentum=config["decay"],
+        epsilon=config["epsilon"],
+        axis_name=parallel.DEVICE_AXIS,
+    )
+    return Inception(
+        num_classes=num_classes,
+        norm=norm if config["batch_norm"] else None,
+        activation=config["activation"],
+        dropout_rate=config["dropout_rate"],
+        local_response_norm=config["local_response_norm"],
+        width=config["width"],
+        pool_projection=config["pool_projection"],
+        separable_stem=config["separable_stem"],
+        per_activation_rows=config["per_activation_rows"],
+        auxiliary_head=config["auxiliary_head"],
+        kernel_init=_initialiser(config),
+        dtype=jnp.dtype(config["dtype"]),
+    )
+
+
+class Scores(NamedTuple):
+    """Sums over examples; an array or a number each."""
+
+    top1: Any  # right answers
+    top5: Any  # right answers among the five most probable
+    loss: Any  # cross-entropy
+    count: Any  # examples
+
+    def percentages(self) -> dict[str, float | None]:
+        """Accuracies in percent, and the mean loss."""
+        return {
+            "top1": 100 * self.top1 / self.count,
+            "top5": 100 * self.top5 / self.count,
+            "loss": self.loss / self.count,
+        }
+
+
+class Experiment:
+    """Trains and measures one network; functions compile when they are first called."""
+
+    def __init__(self, config: Mapping[str, Any], num_classes: int) -> None:
+        """Builds the network.
+
+        Args:
+          config: keys as `experiments.configs.inception.KEYS` describes them.
+          num_classes: of the data.
+        """
+        self.config = config
+        self.model = make_model(config, num_classes)
+        self.image_shape = (config["image_size"], config["image_size"], 3)
+        self._functions = _compile(
+            self.model,
+            config["momentum"],
+            config["l2_weight"] * config["l2_multiple"],
+            config["distortions"],
+            config["rematerialise"],
+        )
+        self._key = jax.random.key(config["seed"])
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        key = jax.random.fold_in(self._key, 0)
+        init = functools.partial(
+            training.init_state,
+            self.model,
+            self.image_shape,
+            optimiser=self._functions.optimiser,
+        )
+        state = jax.jit(init)(key, learning_rate(self.config, 0))
+        return parallel.replicate(state)
+
+    def train_step(
+        self, state: TrainState, step: int, batch: ImageBatch
+    ) -> tuple[TrainState, jax.Array]:
+        """Goes one step on; returns the new state and the loss, (), not waited for."""
+        return self._functions.train_step(
+            state,
+            *_shard(batch.images, batch.labels),
+            jax.random.fold_in(self._key, 1 + step),
+            np.float32(learning_rate(self.config, step)),
+        )
+
+    def wait(self, losses: list[jax.Array]) -> None:
+        """Keeps the host from running too far ahead of the devices.
+
+        On an accelerator two steps are under way, so that it receives the next batch
+        while it computes. On CPU a queue of programs with collectives can deadlock
+        forced host devices.
+
+        Args:
+          losses: of the steps so far, in order.
+        """
+        ahead = 0 if jax.default_backend() == "cpu" else 2
+        if len(losses) > ahead:
+            jax.block_until_ready(losses[-1 - ahead])
+
+    def evaluate(
+        self,
+        state: TrainState,
+        batches: Iterable[ImageBatch],
+        by_test_batch: bool = False,
+    ) -> Scores:
+        """Counts right answers over all batches, by the mean probability of crops.
+
+        Args:
+          state: of the network.
+          batches: of `experiments.data.loader.evaluation_batches`.
+          by_test_batch: normalise each batch by its own statistics.
+        """
+        function = self._functions.scores[by_test_batch]
+        total = Scores(0, 0, 0.0, 0)
+        for batch in batches:
+            scores = jax.device_get(function(state, *_shard(*batch)))
+            total = Scores(*(a + b.item() for a, b in zip(total, scores, strict=True)))
+        return total
+
+    def probabilities(self, state: TrainState, images: np.ndarray) -> np.ndarray:
+        """Class probabilities, (examples, classes), the mean over crops.
+
+        Args:
+          state: of the network.
+          images: uint8 (examples, crops, size, size, 3).
+        """
+        return jax.device_get(self._functions.probabilities(state, *_shard(images)))
+
+    def population_statistics(
+        self, state: TrainState, first_step: int, batches: Iterable[ImageBatch]
+    ) -> Any:
+        """`batch_stats` of Algorithm 2, from training batches.
+
+        Args:
+          state: of the network, whose parameters stay as they are.
+          first_step: the number of the first batch, for its distortions.
+          batches: what training would see next.
+        """
+        total, count = None, 0
+        for step, batch in zip(itertools.count(first_step), batches, strict=False):
+            found = self._functions.batch_statistics(
+                state,
+                *_shard(batch.images),
+                jax.random.fold_in(self._key, 1 + step),
+            )
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            count += 1
+            jax.block_until_ready(total)
+        return jax.tree.map(lambda value: value / count, total)
+
+
+class _Functions(NamedTuple):
+    optimiser: optax.GradientTransformation
+    train_step: Any
+    batch_statistics: Any
+    probabilities: Any
+    scores: dict[bool, Any]  # by whether the test batch's own statistics serve
+
+
+# Runs that differ in rate, seed or length alone share what is compiled.
+@functools.lru_cache(maxsize=4)
+def _compile(
+    model: Inception,
+    momentum: float,
+    l2_weight: float,
+    distortions: str,
+    rematerialise: bool,
+) -> _Functions:
+    optimiser = training.make_optimiser(momentum, l2_weight)
+    policy = KEEP_CONVOLUTIONS if rematerialise else None
+    at_inference = model.clone(dropout_rate=0.0, auxiliary_head=False)
+    forgetful = at_inference.clone(
+        norm=model.norm and functools.partial(model.norm, momentum=0.0)
+    )
+
+    def augment(images: jax.Array, key: jax.Array) -> jax.Array:
+        # A key an image of the whole batch: the same however it is divided.
+        first = jax.lax.axis_index(parallel.DEVICE_AXIS) * len(images)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+            first + jnp.arange(len(images))
+        )
+        return _centre(distort(keys, _to_float(images), distortions))
+
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+        rate: jax.Array,
+    ) -> tuple[TrainState, jax.Array]:
+        distortion_key, dropout_key = jax.random.split(key)
+        device = jax.lax.axis_index(parallel.DEVICE_AXIS)
+        return training.train_step(
+            model,
+            state._replace(
+                opt_state=training.with_learning_rate(state.opt_state, rate)
+            ),
+            Batch(augment(images, distortion_key), labels),
+            optimiser=optimiser,
+            dropout_key=jax.random.fold_in(dropout_key, device),
+            checkpoint_policy=policy,
+        )
+
+    def batch_statistics(state: TrainState, images: jax.Array, key: jax.Array) -> Any:
+        distortion_key, _ = jax.random.split(key)
+        inputs = augment(images, distortion_key)
+        return evaluation.batch_statistics(forgetful, state, inputs)
+
+    def probabilities(
+        state: TrainState, images: jax.Array, *, by_test_batch: bool = False
+    ) -> jax.Array:
+        examples, crops = images.shape[:2]
+        inputs = _centre(_to_float(images)).reshape(-1, *images.shape[2:])
+        # As in training, but for dropout; the statistics it leaves are dropped.
+        logits: Any
+        logits, _ = at_inference.apply(
+            state.variables, inputs, train=by_test_batch, mutable=["batch_stats"]
+        )
+        found = nn.softmax(logits).reshape(examples, crops, -1)
+        return jnp.mean(found, axis=1)
+
+    def scores(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        mask: jax.Array,
+        *,
+        by_test_batch: bool,
+    ) -> Scores:
+        found = probabilities(state, images, by_test_batch=by_test_batch)
+        sums = score(found, labels, mask)
+        return jax.lax.psum(sums, parallel.DEVICE_AXIS)
+
+    def gathered(state: TrainState, images: jax.Array) -> jax.Array:
+        found = probabilities(state, images)
+        return jax.lax.all_gather(found, parallel.DEVICE_AXIS, tiled=True)
+
+    over_devices = parallel.map_over_devices
+    return _Functions(
+        optimiser,
+        over_devices(train_step, in_axes=(None, 0, 0, None, None), donate_argnums=(0,)),
+        over_devices(batch_statistics, in_axes=(None, 0, None)),
+        over_devices(gathered, in_axes=(None, 0)),
+        {
+            by_test_batch: over_devices(
+                functools.partial(scores, by_test_batch=by_test_batch),
+                in_axes=(None, 0, 0, 0),
+            )
+            for by_test_batch in (False, True)
+        },
+    )
+
+
+def score(probabilities: Any, labels: Any, mask: Any) -> Scores:
+    """Sums over the examples that count.
+
+    A right answer among the first five is one that fewer than five classes beat; the
+    first of equals wins, so that a network at chance is not always right.
+
+    Args:
+      probabilities: (examples, classes), float32.
+      labels: (examples,), int32.
+      mask: (examples,), bool.
+    """
+    classes = jnp.arange(probabilities.shape[-1])
+    own = jnp.take_along_axis(probabilities, labels[:, None], axis=-1)
+    beaten = (probabilities > own) | (
+        (probabilities == own) & (classes < labels[:, None])
+    )
+    rank = jnp.sum(beaten, axis=-1)
+    # In a network that is not finite no class beats another; it is never right.
+    counts = mask & jnp.isfinite(own[:, 0])
+
+    def count(right: jax.Array) -> jax.Array:
+        return jnp.sum(right & counts, dtype=jnp.int32)
+
+    tiny = jnp.finfo(jnp.float32).tiny
+    losses = -jnp.log(jnp.maximum(own[:, 0], tiny))
+    return Scores(
+        count(rank < 1),
+        count(rank < 5),
+        jnp.sum(jnp.where(mask, losses, 0)),
+        jnp.sum(mask, dtype=jnp.int32),
+    )
+
+
+def _initialiser(config: Mapping[str, Any]) -> nn.initializers.Initializer:
+    scale = config["initial_scale"]
+    if config["initialisation"] == "he":
+        return nn.initializers.variance_scaling(2 * scale**2, "fan_in", "normal")
+    if config["initialisation"] == "gaussian":
+        return nn.initializers.normal(config["initial_std"] * scale)
+    raise ConfigError(
+        f"--config.initialisation={config['initialisation']}: expected one of "
+        f"{', '.join(INITIALISATIONS)}."
+    )
+
+
+def _to_float(images: jax.Array) -> jax.Array:
+    return images.astype(jnp.float32) / 255
+
+
+def _centre(images: jax.Array) -> jax.Array:
+    return 2 * images - 1
+
+
+def _shard(*arrays: np.ndarray) -> list[np.ndarray]:
+    return [parallel.shard(array, axis=0) for array in arrays]

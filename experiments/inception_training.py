@@ -1,0 +1,369 @@
+"""A run of the Inception experiment from its data to its summary, resumable."""
+
+import contextlib
+import itertools
+import json
+import platform
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+import bn_jax
+from experiments import parallel
+from experiments.checkpoints import Checkpoints
+from experiments.configs.inception import KEYS
+from experiments.configuration import (
+    ConfigError,
+    check_at_least,
+    check_keys,
+    check_one_of,
+    check_positive,
+    check_shares,
+)
+from experiments.data.datasets import NUM_CLASSES, load_splits
+from experiments.data.loader import (
+    ImageBatch,
+    UndecodableImages,
+    evaluation_batches,
+    training_batches,
+)
+from experiments.data.splits import Augmentation
+from experiments.inception_experiment import INITIALISATIONS, Experiment, learning_rate
+from experiments.metrics import MetricsLog, finite
+from experiments.models.description import as_table, describe
+from experiments.models.inception import POOL_PROJECTIONS, TABLE, table_rows
+from experiments.models.layers import ACTIVATIONS
+from experiments.progress import progress_bar
+from experiments.training import TrainState
+from experiments.workdir import open_workdir, read_json, write_whole
+
+NETWORK = "network"  # what checkpoints call its state
+POPULATION = "population"  # folder of the final state with Algorithm 2's statistics
+STEPS_PER_LOOK = 50  # between looks at the losses, where divergence shows
+
+CHOICES: Mapping[str, Sequence[Any]] = {
+    "activation": tuple(ACTIVATIONS),
+    "pool_projection": POOL_PROJECTIONS,
+    "initialisation": INITIALISATIONS,
+    "dtype": ("float32", "bfloat16"),
+    "shuffle": ("examples", "shards"),
+    "distortions": ("none", "weak", "strong"),
+}
+
+
+def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
+    """Trains, or goes on training, evaluates, and writes the summary.
+
+    Args:
+      config: keys as `experiments.configs.inception.KEYS` describes them.
+      workdir: folder for everything that the run writes.
+      data_dir: folder of prepared tensorflow-datasets, or None.
+
+    Raises:
+      ConfigError, DataError, DeviceError, WorkdirError, CheckpointError: as their
+        names say; the message says what to do.
+    """
+    check_config(config)
+    data = Data(config, data_dir)
+    with open_workdir(workdir, {**config, "data": data.description}):
+        summary_path = workdir / "summary.json"
+        if summary_path.exists():
+            print(f"{workdir} holds this run, finished; nothing to do.")
+        else:
+            experiment = Experiment(config, data.train.num_classes)
+            summary = _train_and_evaluate(experiment, data, workdir)
+            # Last, as it marks the run as finished.
+            write_whole(summary_path, json.dumps(finite(summary), indent=2) + "\n")
+            data.report_undecodable()
+        print(as_text(read_json(summary_path)))
+    print(
+        f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}."
+    )
+
+
+def describe_network(config: Mapping[str, Any], data_dir: str | None) -> str:
+    """The layers of the configured network, as text.
+
+    Raises:
+      ConfigError, DataError: as `run`; data is looked at for its classes alone, where
+        they are not known by the data set's name.
+    """
+    check_config(config)
+    dataset = config["dataset"]
+    num_classes = NUM_CLASSES.get(dataset) or Data(config, data_dir).train.num_classes
+    experiment = Experiment(config, num_classes)
+    return as_table(describe(experiment.model, experiment.image_shape))
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks every value that the configuration's types leave open.
+
+    Raises:
+      ConfigError: one makes no sense.
+      DeviceError: a batch does not divide over the devices.
+    """
+    check_keys(config, KEYS)
+    check_at_least(
+        config,
+        1,
+        *("num_steps", "steps_per_decay", "eval_every", "eval_batch_size"),
+        *("population_batches", "checkpoint_every", "threads"),
+    )
+    check_at_least(config, 0, "seed", "eval_examples", "max_undecodable")
+    check_at_least(config, 2, "batch_size")
+    check_at_least(config, 32, "image_size")
+    check_positive(
+        config,
+        *("width", "epsilon", "initial_std", "initial_scale", "learning_rate"),
+        *("rate_multiple", "decay_factor", "decay_speed", "min_area", "crop_fraction"),
+    )
+    check_shares(
+        config,
+        *("dropout_rate", "decay", "momentum", "l2_weight", "l2_multiple"),
+        *("min_area", "crop_fraction", "decay_factor"),
+    )
+    check_one_of(config, CHOICES)
+    try:
+        table_rows(config["width"], config["pool_projection"])
+    except ValueError as error:
+        raise ConfigError(f"--config.{error}") from None
+    rows = [row.name for row in TABLE]
+    for row in config["per_activation_rows"]:
+        if row not in rows:
+            raise ConfigError(
+                f"--config.per_activation_rows={config['per_activation_rows']}: "
+                f"expected some of {rows}."
+            )
+    for key in ("batch_size", "eval_batch_size"):
+        parallel.check_divisible(config[key], key)
+
+
+class Data:
+    """The examples of a run, in batches as training and evaluation take them."""
+
+    def __init__(self, config: Mapping[str, Any], data_dir: str | None) -> None:
+        """Opens the data set that the configuration names.
+
+        Raises:
+          ConfigError: a batch is larger than the training set.
+          DataError: there is no such data set, or it cannot be read.
+        """
+        self._config = config
+        augmentation = Augmentation(*(config[field] for field in Augmentation._fields))
+        self.train, self.test = load_splits(config["dataset"], data_dir, augmentation)
+        self._undecodable = UndecodableImages(config["max_undecodable"])
+        if config["batch_size"] > len(self.train):
+            raise ConfigError(
+                f"--config.batch_size={config['batch_size']} is more than the "
+                f"{len(self.train)} training examples; use a smaller one."
+            )
+
+    @property
+    def description(self) -> dict[str, int]:
+        """What tells one version of the data from another, as JSON values."""
+        return {
+            "training_examples": len(self.train),
+            "test_examples": len(self.test),
+            "classes": self.train.num_classes,
+        }
+
+    def training(self, first: int, last: int) -> Generator[ImageBatch]:
+        """The batches of the steps from `first` to before `last`."""
+        config = self._config
+        return training_batches(
+            self.train,
+            range(first, last),
+            seed=config["seed"],
+            batch_size=config["batch_size"],
+            shuffle=config["shuffle"],
+            threads=config["threads"],
+            undecodable=self._undecodable,
+        )
+
+    def testing(self, num_examples: int = 0, crops: int = 1) -> Generator[ImageBatch]:
+        """The first test examples, or (0) all of them.
+
+        Several crops share out a batch's images among fewer examples.
+        """
+        config, devices = self._config, jax.local_device_count()
+        batch_size = config["eval_batch_size"] // crops // devices * devices
+        return evaluation_batches(
+            self.test,
+            min(num_examples or len(self.test), len(self.test)),
+            batch_size=max(batch_size, devices),
+            crops=crops,
+            threads=config["threads"],
+            undecodable=self._undecodable,
+        )
+
+    def report_undecodable(self) -> None:
+        """Names the images that could not be decoded."""
+        if messages := sorted(self._undecodable.messages):
+            print(
+                f"{len(messages)} images could not be decoded:", *messages, sep="\n  "
+            )
+
+
+class _Trained(NamedTuple):
+    state: TrainState
+    rows: list[dict[str, Any]]
+    step: int
+    diverged_at: int | None
+
+
+def _train_and_evaluate(
+    experiment: Experiment, data: Data, workdir: Path
+) -> dict[str, Any]:
+    trained = _train(experiment, data, workdir)
+    final = None
+    if trained.diverged_at is None:
+        final = _evaluate_finally(experiment, data, trained, workdir)
+    config, device = experiment.config, jax.local_devices()[0]
+    best = max(trained.rows, key=lambda row: row["top1"])
+    return {
+        "bn_jax": bn_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.local_device_count(),
+        "config": dict(config),
+        "data": data.description,
+        "num_parameters": sum(
+            leaf.size for leaf in jax.tree.leaves(trained.state.params)
+        ),
+        "steps": trained.step,
+        "diverged_at": trained.diverged_at,
+        "best": {"step": best["step"], "top1": best["top1"]},
+        "final": final,
+    }
+
+
+def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
+    """Trains to the last step, or to the first loss that is not finite."""
+    config = experiment.config
+    last, batch_size = config["num_steps"], config["batch_size"]
+    evaluations = {0, last, *range(0, last, config["eval_every"])}
+    saves = {last, *range(0, last, config["checkpoint_every"])}
+    looks = evaluations | saves | {*range(0, last, STEPS_PER_LOOK)}
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        stack.callback(checkpoints.close)
+        state = experiment.initial_state()
+        first = 0
+        if restored := checkpoints.restore_newest({NETWORK: state}):
+            first, state = restored[0], restored[1][NETWORK]
+            print(f"Going on from the checkpoint of step {first} in {workdir}.")
+        kept = sorted(step for step in evaluations if restored and step <= first)
+        log = MetricsLog(workdir / "metrics.jsonl", kept)
+        stack.callback(log.close)
+        events = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first + 1 if restored else 0
+        )
+        stack.callback(events.close)
+
+        def measure(step: int, loss: float | None) -> dict[str, Any]:
+            batches = data.testing(config["eval_examples"])
+            scores = experiment.evaluate(state, batches).percentages()
+            row = {
+                "step": step,
+                "loss": loss,
+                "top1": scores["top1"],
+                "top5": scores["top5"],
+                "test_loss": scores["loss"],
+            }
+            log.write(row)
+            for key, value in row.items():
+                if value is not None:
+                    events.add_scalar(key, value, step)
+            events.add_scalar("learning_rate", learning_rate(config, step), step)
+            return row
+
+        if not restored:
+            measure(0, None)
+        bar = stack.enter_context(
+            progress_bar(last * batch_size, first * batch_size, "image")
+        )
+        batches = stack.enter_context(contextlib.closing(data.training(first, last)))
+        losses: list[jax.Array] = []
+        for step, batch in zip(itertools.count(first + 1), batches, strict=False):
+            state, loss = experiment.train_step(state, step - 1, batch)
+            losses.append(loss)
+            bar.update(batch_size)
+            experiment.wait(losses)
+            if step not in looks:
+                continue
+            found = np.array(jax.device_get(losses))
+            losses = []
+            if not np.isfinite(found).all():
+                diverged_at = step - len(found) + 1 + int(np.isfinite(found).argmin())
+                print(f"\nDiverged: the loss of step {diverged_at} is not finite.")
+                return _Trained(state, log.rows, diverged_at, diverged_at)
+            if step in evaluations:
+                row = measure(step, float(found.mean()))
+                bar.set_postfix(step=step, loss=row["loss"], top1=f"{row['top1']:.2f}%")
+            if step in saves:
+                # Rows first: a checkpoint promises that those up to it are there.
+                log.flush()
+                events.flush()
+                checkpoints.save(step, {NETWORK: state})
+        return _Trained(state, log.rows, last, None)
+
+
+def _evaluate_finally(
+    experiment: Experiment, data: Data, trained: _Trained, workdir: Path
+) -> dict[str, Any]:
+    """Accuracy on all test examples, by each kind of statistics."""
+    state = trained.state
+    final: dict[str, Any] = {"population": None, "test_batch": None}
+    final["moving_average"] = experiment.evaluate(state, data.testing()).percentages()
+    if state.batch_stats:
+        population = _population_state(experiment, data, trained, workdir)
+        final["population"] = experiment.evaluate(
+            population, data.testing()
+        ).percentages()
+        final["test_batch"] = experiment.evaluate(
+            state, data.testing(), by_test_batch=True
+        ).percentages()
+    return final
+
+
+def _population_state(
+    experiment: Experiment, data: Data, trained: _Trained, workdir: Path
+) -> TrainState:
+    """The final state with population statistics, kept for inference elsewhere."""
+    with contextlib.closing(Checkpoints(workdir / POPULATION)) as checkpoints:
+        if restored := checkpoints.restore_newest({NETWORK: trained.state}):
+            return restored[1][NETWORK]
+        batches = experiment.config["population_batches"]
+        statistics = experiment.population_statistics(
+            trained.state,
+            trained.step,
+            data.training(trained.step, trained.step + batches),
+        )
+        state = trained.state._replace(batch_stats=statistics)
+        checkpoints.save(trained.step, {NETWORK: state})
+        return state
+
+
+def as_text(summary: Mapping[str, Any]) -> str:
+    """The main numbers of a summary, for a terminal."""
+    config, best = summary["config"], summary["best"]
+    lines = [
+        f"{config['variant']}: {summary['num_parameters']:,} parameters, "
+        f"{summary['steps']:,} steps, best top-1 {best['top1']:.2f}% "
+        f"after {best['step']:,} steps"
+    ]
+    if summary["diverged_at"] is not None:
+        lines.append(f"  diverged at step {summary['diverged_at']:,}")
+    for statistics, scores in (summary["final"] or {}).items():
+        if scores is not None:
+            lines.append(
+                f"  in the end, by {statistics.replace('_', ' ')}: top-1 "
+                f"{scores['top1']:.2f}%, top-5 {scores['top5']:.2f}%"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""A whole run of the command, with the paper's layers, killed and resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.experiments.helpers import REPOSITORY, command_environment
+
+pytestmark = pytest.mark.slow
+
+RUN = (
+    "--config=experiments/configs/inception.py:bn_x5,small",
+    "--config.num_steps=16",
+    "--config.checkpoint_every=4",
+    "--config.eval_every=6",
+    "--config.eval_examples=200",
+    "--config.population_batches=3",
+)
+
+
+def start(workdir, environment) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.inception", *RUN, f"--workdir={workdir}"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(workdir, environment) -> str:
+    process = start(workdir, environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output.decode()
+
+
+def checksums(workdir, folder) -> dict[str, str]:
+    """CRC-32C, dtype and shape of every array of the last checkpoint."""
+    path = workdir / folder / "16" / "metadata" / "metadata"
+    return json.loads(path.read_text())["checksums"]
+
+
+def test_killed_in_mid_run_it_ends_with_the_same_bits(tmp_path):
+    # Compiling takes longer than the run.
+    environment = command_environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output = finish(whole, environment)
+    assert "in the end, by population: top-1 " in output
+    for checkpoint in "4", "8":
+        process = start(killed, environment)
+        while (
+            process.poll() is None
+            and not (killed / "checkpoints" / checkpoint).exists()
+        ):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (killed / "summary.json").exists()
+    assert "Going on from the checkpoint of step" in finish(killed, environment)
+    for name in "metrics.jsonl", "summary.json":
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    for folder in "checkpoints", "population":
+        assert checksums(killed, folder) == checksums(whole, folder)
+    assert "finished; nothing to do" in finish(killed, environment)
