@@ -50,7 +50,7 @@ def comparison_page(comparison: Comparison) -> str:
                 "# Comparison",
                 " ".join(_explanation(comparison, level)),
                 "![Accuracy against steps](figure2.png)",
-                _table(header, rows),
+                table(header, rows),
                 "![Steps to the reference's best accuracy](figure3.png)",
                 "## Runs",
                 "Final accuracy on all test examples, top-1 / top-5 in %, by the "
@@ -99,7 +99,7 @@ def rates_page(comparison: Comparison) -> str:
                 "diverged, stayed at chance "
                 f"(about {comparison['chance']:.2f}%) or is not finished.",
                 "![Best accuracy against the learning rate](rates.png)",
-                _table(["initial rate", *names], rows),
+                table(["initial rate", *names], rows),
             ]
         )
         + "\n"
@@ -188,7 +188,7 @@ def _final_table(models: Sequence[Model]) -> str:
         ]
         seeds = ", ".join(str(seed) for seed in model["seeds"])
         rows.append([model["name"], seeds, model["state"], *cells])
-    return _table(
+    return table(
         ["model", "seeds", "state", "moving average", "Algorithm 2", "test batch"], rows
     )
 
@@ -197,8 +197,8 @@ def _or_nothing(value: float | None, form: str) -> str:
     return NOTHING if value is None else f"{value:{form}}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Padded, so that it can be read as it stands."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it can be read as it stands."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

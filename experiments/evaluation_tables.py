@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from experiments.comparison_figures import COLORS, LINE_WIDTH
 from experiments.comparison_tables import NOTHING
-from experiments.comparison_tables import _table as table
+from experiments.comparison_tables import table as table
 
 PAPER_DATASET = "imagenet2012"
 ERRORS = {"top1_error": "top-1 error", "top5_error": "top-5 error"}

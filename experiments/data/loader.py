@@ -50,7 +50,7 @@ class UndecodableImages:
         if len(self.messages) > self._limit:
             raise DataError(
                 f"more than {self._limit} images cannot be decoded, the last is: "
-                f"{error}; restore the data, or raise --config.max_undecodable."
+                f"{error}; restore the data, or raise max_undecodable."
             )
 
 

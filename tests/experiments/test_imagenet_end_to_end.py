@@ -21,7 +21,6 @@ TINY = (
     *("--config.checkpoint_every=10", "--config.population_batches=3"),
     *("--config.threads=2", "--config.learning_rate=0.001"),
 )
-UNDECODABLE = "1 images could not be decoded"
 
 
 def command(module: str, *arguments: str) -> list[str]:

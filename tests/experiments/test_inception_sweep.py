@@ -20,6 +20,9 @@ from experiments.workdir import WorkdirError
 from tests.experiments.helpers import REPOSITORY, command_environment
 from tests.experiments.test_run_results import make_folder
 
+# ml_collections loads configuration files in a way that Python is giving up.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
 # A run of a sweep: it tells when it starts and ends, and may fail.
 STAND_IN = """
 import os, pathlib, sys, time

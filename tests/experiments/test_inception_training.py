@@ -399,7 +399,7 @@ def test_damage_is_an_error_and_the_rest_stays(copied, finished):
 
 
 def test_a_run_that_diverges_at_once(tmp_path, capsys):
-    config = tiny_config("inception", learning_rate=1e30, eval_every=1)
+    config = DIVERGING | {"learning_rate": 1e30, "eval_every": 1}
     run(config, tmp_path, None)
     losses, _ = losses_by_hand(config, 2)
     assert [bool(np.isfinite(loss)) for loss in losses] == [True, False]
@@ -484,8 +484,13 @@ def test_batches_are_as_configured():
     assert masks == [16, 16, 12]
     assert [batch.mask.sum() for batch in data.testing(20)] == [16, 4]
     assert sum(batch.mask.sum() for batch in data.testing(1_000)) == NUM_TEST
-    (first, *_) = data.testing(crops=10)
-    assert first.images.shape == (16, 5, 32, 32, 3)
+    # Several crops share out a batch among fewer examples: as many as devices divide.
+    for images, examples in ((16, 8), (168, 16), (240, 24)):
+        wide = Data(CONFIG | {"eval_batch_size": images}, None)
+        (first, *others) = wide.testing(crops=10)
+        assert first.images.shape == (examples, 5, 32, 32, 3)
+        masks = [batch.mask.sum() for batch in (first, *others)]
+        assert sum(masks) == NUM_TEST
     for key, value in (("seed", 1), ("shuffle", "shards")):
         (other,) = Data(CONFIG | {key: value}, None).training(3, 4)
         assert (other.labels != batch.labels).any()

@@ -164,9 +164,7 @@ def test_too_many_undecodable_images_end_the_run():
     undecodable = UndecodableImages(2)
     with pytest.raises(DataError, match=r"^more than 2 images cannot be decoded") as e:
         list(train(NumberedSplit({1, 8, 20}), range(15), undecodable=undecodable))
-    assert "is broken; restore the data, or raise --config.max_undecodable." in str(
-        e.value
-    )
+    assert "is broken; restore the data, or raise max_undecodable." in str(e.value)
     assert "\n" not in str(e.value)
     assert not loader_threads()
 
