@@ -42,6 +42,8 @@ class MetricsLog:
         known = finite(row)
         self.rows.append(known)
         self._file.write(_line(known))
+        # For whoever watches the run; `flush` is what makes it last.
+        self._file.flush()
 
     def flush(self) -> None:
         """Makes sure that all rows are on disk."""

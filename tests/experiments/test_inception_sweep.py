@@ -48,12 +48,13 @@ tell("end")
 SWEEP = Sweep(
     [SweptRun(name, "bn_x5", {"num_steps": 7}) for name in ("a_0.1", "b_0.1", "c_0.1")],
     {"comparison": ("--reference=a",), "rates": ("--x=learning_rate", "--flag")},
+    evaluation=("--crops=1",),
 )
 
 
 @pytest.fixture
 def compared(monkeypatch):
-    """Replaces the runs; returns the list of the commands that compare them."""
+    """Replaces the runs; returns the list of the commands that look at all of them."""
     commands = []
     original = sweeps.make_tasks
 
@@ -83,10 +84,14 @@ def test_runs_go_in_order_and_are_compared(tmp_path, compared):
     run_sweep(SWEEP, "small", 1, 1, workdir, ())
     names = [run.name for run in SWEEP.runs]
     assert told(workdir) == [f"{w} {name}" for name in names for w in ("start", "end")]
-    module = [sys.executable, "-m", "experiments.compare", str(workdir)]
-    assert compared == [
-        [*module, f"--output={workdir / 'comparison'}", "--reference=a"],
-        [*module, f"--output={workdir / 'rates'}", "--x=learning_rate", "--flag"],
+    assert [command[:2] for command in compared] == [[sys.executable, "-m"]] * 3
+    assert [command[2:] for command in compared] == [
+        [f"experiments.{module}", str(workdir), f"--output={workdir / name}", *given]
+        for module, name, *given in (
+            ("compare", "comparison", "--reference=a"),
+            ("compare", "rates", "--x=learning_rate", "--flag"),
+            ("evaluate", "evaluation", "--crops=1"),
+        )
     ]
     for name in names:
         # A name may end in something like a file's suffix.
@@ -113,7 +118,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, compared):
     assert told(tmp_path)[4:] == [
         f"{what} {name}" for name in ("a_0.1", "c_0.1") for what in ("start", "end")
     ]
-    assert len(compared) == 2
+    assert len(compared) == 3
 
 
 def test_as_many_jobs_as_asked_run_side_by_side(tmp_path, compared, monkeypatch):
@@ -266,7 +271,13 @@ def test_the_sweep_of_rates_crosses_rates_initialisations_and_norms(tmp_path):
         for rate in RATES
     }
     assert all(config["rate_multiple"] == 1 for config in configs)
-    assert max(RATES) / min(RATES) > 30
+    assert max(RATES) / min(RATES) == pytest.approx(30)
+
+
+def test_the_sweep_of_figure_4_is_the_ensemble():
+    names = [f"ensemble_{number}" for number in range(1, 7)]
+    assert [run.variant for run in SWEEPS["ensemble"].runs] == names
+    assert "--crops=1,144" in SWEEPS["ensemble"].evaluation
 
 
 def test_seeds_and_changes_of_the_user(tmp_path):
@@ -301,7 +312,7 @@ def test_changes_that_make_no_sense(tmp_path, compared, change, message):
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [name for name in SWEEPS if SWEEPS[name].comparisons])
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_comparisons_find_their_references(name, num_seeds, tmp_path):
     for task in make_tasks(SWEEPS[name], "small", num_seeds, tmp_path, ()):
@@ -361,7 +372,7 @@ def test_help_of_the_sweep():
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith("Trains the variants of section 4.2, or the runs")
-    for name in ("--sweep: <variants|rates|nonlinearities>", "--size: ", "--jobs: "):
+    for name in (f"--sweep: <{'|'.join(SWEEPS)}>", "--size: ", "--jobs: "):
         assert name in done.stdout
 
 
