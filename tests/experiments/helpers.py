@@ -1,5 +1,6 @@
 """What several tests of the experiments share: small runs, and commands."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def read_files(directory: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name not in but
     }
+
+
+def documentation_of(command: str) -> str:
+    """What a command's --help says first.
+
+    Read, not imported: commands define flags, and several define the same ones.
+    """
+    source = (REPOSITORY / "experiments" / f"{command}.py").read_text()
+    return ast.get_docstring(ast.parse(source), clean=False) or ""
 
 
 def command_line(*arguments: str) -> list[str]:

@@ -3,8 +3,7 @@
 import pytest
 
 from experiments.configs.mnist import KEYS
-from experiments.mnist import __doc__ as DOCUMENTATION
-from tests.experiments.helpers import run_command
+from tests.experiments.helpers import documentation_of, run_command
 
 # A run of a second, should one of the mistakes below not be noticed.
 QUICK = (
@@ -32,7 +31,7 @@ def test_help(flag):
     done = run_command(flag)
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.startswith(DOCUMENTATION.splitlines()[0])
+    assert done.stdout.startswith(documentation_of("mnist").splitlines()[0])
     for key, (default, meaning) in KEYS.items():
         assert f"--config.{key}={default}" in done.stdout
         assert meaning in done.stdout

@@ -37,8 +37,12 @@ tell("start")
 folder.mkdir(exist_ok=True)
 (folder / "environment").write_text(os.environ.get("MALLOC_ARENA_MAX", ""))
 for name in sys.argv[2:]:  # to wait for
-    while not (folder.parent / name).exists():
+    for _ in range(10_000):
+        if (folder.parent / name).exists():
+            break
         time.sleep(0.005)
+    else:
+        sys.exit(f"error: {name} did not start")
 if (folder.parent / f"break_{folder.name}").exists():
     sys.exit(f"error: {folder.name} broke\\n")
 (folder / "metrics.jsonl").write_text('{"step": 7, "top1": 5.0}\\n')

@@ -7,9 +7,12 @@ import pytest
 
 from experiments.data.prepared_splits import load_prepared_splits
 from experiments.data.splits import Augmentation
-from experiments.prepare import __doc__ as DOCUMENTATION
 from tests.experiments.data.imagenet_shaped import make_archives
-from tests.experiments.helpers import REPOSITORY, command_environment
+from tests.experiments.helpers import (
+    REPOSITORY,
+    command_environment,
+    documentation_of,
+)
 
 
 def run_prepare(*arguments, **variables):
@@ -37,7 +40,7 @@ def test_help(arguments):
     done = run_prepare(*arguments)
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.startswith(DOCUMENTATION)
+    assert done.stdout.startswith(documentation_of("prepare"))
     for flag in ("--data_dir: ", "--manual_dir: ", "--check: "):
         assert flag in done.stdout
 
