@@ -1,6 +1,7 @@
 """Sweeps with a stand-in for the runs, and the command lines as a user meets them."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def compared(monkeypatch):
             for task in original(*arguments)
         ]
 
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setattr(sweeps, "make_tasks", make_stand_ins)
     monkeypatch.setattr(sweeps, "_backend", lambda: "cpu")
     monkeypatch.setattr(sweeps, "SECONDS_PER_LOOK", 0.01)
@@ -77,6 +79,18 @@ def compared(monkeypatch):
         sweeps.subprocess, "run", lambda command, check: commands.append(command)
     )
     return commands
+
+
+def make_them_wait_for(monkeypatch, *names) -> None:
+    stand_ins = sweeps.make_tasks
+
+    def make_waiting(*arguments):
+        return [
+            task._replace(command=[*task.command, name])
+            for task, name in zip(stand_ins(*arguments), names, strict=True)
+        ]
+
+    monkeypatch.setattr(sweeps, "make_tasks", make_waiting)
 
 
 def told(workdir) -> list[str]:
@@ -126,20 +140,11 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, compared):
 
 
 def test_as_many_jobs_as_asked_run_side_by_side(tmp_path, compared, monkeypatch):
-    cores, stand_ins = [], sweeps.make_tasks
+    cores = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5, 7})
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, core: cores.append(core))
     # The first two wait for one another.
-    monkeypatch.setattr(
-        sweeps,
-        "make_tasks",
-        lambda *arguments: [
-            task._replace(command=[*task.command, other])
-            for task, other in zip(
-                stand_ins(*arguments), ("b_0.1", "a_0.1", "a_0.1"), strict=True
-            )
-        ],
-    )
+    make_them_wait_for(monkeypatch, "b_0.1", "a_0.1", "a_0.1")
     run_sweep(SWEEP, "small", 1, 2, tmp_path, ())
     assert {line.split()[0] for line in told(tmp_path)[:2]} == {"start"}
     assert "start c_0.1" not in told(tmp_path)[:3]
@@ -194,12 +199,12 @@ def test_an_interrupted_sweep_leaves_no_process(tmp_path, compared, monkeypatch)
     def interrupt(seconds):
         raise KeyboardInterrupt
 
+    make_them_wait_for(monkeypatch, "never", "never", "never")
     monkeypatch.setattr(sweeps, "_start", remember)
     monkeypatch.setattr(sweeps.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(SWEEP, "small", 1, 2, tmp_path, ())
-    assert len(processes) == 2
-    assert all(process.returncode is not None for process in processes)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM] * 2
 
 
 def test_progress_counts_the_steps_of_all_runs(tmp_path):
