@@ -3,8 +3,10 @@
 from bn_jax.folding import inference_affine
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
+from bn_jax.renormalisation import batch_renorm
 from bn_jax.statistics import BatchStats, init_stats
 from bn_jax.transform import MOMENTS_NAME, batch_norm
+from bn_jax.virtual_batches import ghost_batch_norm
 
 __version__ = "0.1.0"
 
@@ -14,6 +16,8 @@ __all__ = [
     "BatchStats",
     "Moments",
     "batch_norm",
+    "batch_renorm",
+    "ghost_batch_norm",
     "inference_affine",
     "init_params",
     "init_stats",
