@@ -1,6 +1,7 @@
 """Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
 
 from bn_jax.folding import inference_affine
+from bn_jax.micro_batches import accumulate_gradients
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
 from bn_jax.renormalisation import batch_renorm
@@ -15,6 +16,7 @@ __all__ = [
     "BatchNormParams",
     "BatchStats",
     "Moments",
+    "accumulate_gradients",
     "batch_norm",
     "batch_renorm",
     "ghost_batch_norm",
