@@ -1,7 +1,9 @@
 """What every command shares: its configuration, help, and errors as one line."""
 
 import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -9,14 +11,24 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import processes
 from experiments.configuration import ConfigError
 from experiments.data.errors import DataError
 from experiments.parallel import DeviceError
+from experiments.preemption import PreemptedError, raise_on_sigterm
+from experiments.processes import Address, ProcessesError
+from experiments.run_folder import LostProcessError
 from experiments.workdir import WorkdirError
 
 # Mistakes of the user or faults of the machine: no traceback helps with them.
-EXPECTED_ERRORS = (ConfigError, DataError, DeviceError, WorkdirError)
-INTERRUPTED = 130  # the exit code that shells give to a process that SIGINT ended
+EXPECTED_ERRORS = (
+    *(ConfigError, DataError, DeviceError, WorkdirError),
+    *(PreemptedError, ProcessesError),
+)
+# Exit codes, beside 0. A scheduler may start a command again that ended with the
+# second, which is EX_TEMPFAIL of sysexits.h; the third is what shells give to a process
+# that SIGINT ended.
+FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
 
 
 def launch(
@@ -26,7 +38,8 @@ def launch(
 ) -> None:
     """Parses the command line and runs a command.
 
-    Exits with 0 on success, 1 after an error that one line explains, and 130 when
+    Exits with 0 on success, 1 after an error that one line explains, 75 when the same
+    command will go on, as after SIGTERM or when another process was lost, and 130 when
     interrupted from the keyboard.
 
     Args:
@@ -41,6 +54,7 @@ def launch(
         "File with get_config(); a colon and a variant may follow. "
         f"(default: {configuration.__file__})",
     )
+    start_processes = _define_processes()
 
     def parse(arguments: Sequence[str]) -> list[str]:
         _answer_help(arguments, (documentation or "") + _describe(configuration))
@@ -72,7 +86,9 @@ def launch(
     def run(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r} (see --help)")
+        raise_on_sigterm()
         with _one_line_errors("; the same command goes on from the last checkpoint."):
+            start_processes()
             main(flag.value.to_dict())
 
     app.run(run, flags_parser=parse)
@@ -106,6 +122,43 @@ def launch_with_arguments(
     app.run(run, flags_parser=parse)
 
 
+def _define_processes() -> Callable[[], None]:
+    """Defines the flags of several processes; returns what connects them."""
+    mode = flags.DEFINE_string(
+        "distributed",
+        "auto",
+        "off: one process. on: several, by the three flags below, or as found on Cloud "
+        "TPU slices, Slurm, Kubernetes and Open MPI. auto: on where there are any.",
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0."
+    )
+    count = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    number = flags.DEFINE_integer("process_id", None, "Number of this one, from 0.")
+    start_seconds = flags.DEFINE_integer(
+        "start_seconds",
+        None,
+        "How long to wait for all processes to come "
+        "(default: {} on one machine, {} otherwise).".format(*processes.START_SECONDS),
+        lower_bound=1,
+    )
+    silence_seconds = flags.DEFINE_integer(
+        "silence_seconds",
+        None,
+        "After how long without a sign of life a process is lost "
+        "(default: {} on one machine, {} otherwise).".format(
+            *processes.SILENCE_SECONDS
+        ),
+        lower_bound=1,
+    )
+    return lambda: processes.start(
+        mode.value,
+        Address(coordinator.value, count.value, number.value),
+        start_seconds.value,
+        silence_seconds.value,
+    )
+
+
 def _answer_help(arguments: Sequence[str], documentation: str) -> None:
     if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
         # absl prints the docstring of __main__, and would exit with 1.
@@ -124,18 +177,40 @@ def _one_line_errors(advice: str) -> Iterator[None]:
     """Ends the process with one line on what no traceback helps with."""
     try:
         yield
+    except (LostProcessError, PreemptedError) as error:
+        _fail(str(error), TRY_AGAIN, alone=isinstance(error, LostProcessError))
     except EXPECTED_ERRORS as error:
-        _fail(str(error))
+        _fail(str(error), alone=not processes.is_told(error))
     except OSError as error:
-        _fail(f"{error}{advice}")
+        _fail(f"{error}{advice}", alone=not processes.is_told(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted{advice}")
-        sys.exit(INTERRUPTED)
+        _exit(INTERRUPTED, alone=True)
+    except Exception:
+        if not processes.are_several():
+            raise
+        traceback.print_exc()
+        _exit(FAILED, alone=True)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = FAILED, alone: bool = False) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(1)
+    _exit(code, alone)
+
+
+def _exit(code: int, alone: bool) -> NoReturn:
+    """Ends this process.
+
+    Args:
+      code: for the shell.
+      alone: the other processes go on: JAX must not wait for them here, but leave, so
+        that they notice.
+    """
+    if alone and processes.are_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _describe(configuration: ModuleType) -> str:

@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+# They say how a run is launched, not what it computes: another start may change them.
+LAUNCH_KEYS = ("parallelism", "threads", "dry_run")
+
 
 class ConfigError(ValueError):
     """A configuration value makes no sense."""

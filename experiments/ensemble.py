@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from experiments.data.errors import DataError
+from experiments.inception_data import Data
 from experiments.inception_experiment import Scores, score
-from experiments.inception_training import Data
 from experiments.progress import progress_bar
 from experiments.trained_networks import Network
 

@@ -68,6 +68,8 @@ def population_statistics(
     images: jax.Array,
     labels: jax.Array,
     indices: jax.Array,
+    *,
+    average_statistics: bool = False,
 ) -> dict[str, Any]:
     """Population statistics as the paper's Algorithm 2 has them.
 
@@ -82,6 +84,7 @@ def population_statistics(
       images: (examples, inputs), uint8: all of the training set.
       labels: (examples,), int32.
       indices: (batches, replicas, batch), int32: this device's share of each batch.
+      average_statistics: take the mean over devices, where they do not share moments.
 
     Returns:
       For each network a collection `batch_stats`, with the leading axis (replicas).
@@ -99,6 +102,8 @@ def population_statistics(
         name: jax.tree.map(jnp.zeros_like, states[name].batch_stats) for name in models
     }
     total, _ = jax.lax.scan(add, nothing, indices)
+    if average_statistics:
+        total = jax.lax.pmean(total, DEVICE_AXIS)
     return jax.tree.map(lambda value: value / indices.shape[0], total)
 
 

@@ -48,7 +48,9 @@ def make_model(config: Mapping[str, Any], num_classes: int) -> Inception:
     """The network that a configuration describes; the same object for equal ones."""
     keys = {key: config[key] for key in MODEL_KEYS}
     rows = tuple(config["per_activation_rows"])
-    return _make_model(num_classes, **keys, per_activation_rows=rows)
+    # Groups of devices depend on how many there are.
+    axes = tuple(parallel.moments_axes(config["moments"]).items())
+    return _make_model(num_classes, **keys, per_activation_rows=rows, axes=axes)
 
 
 @functools.lru_cache
@@ -57,7 +59,7 @@ def _make_model(num_classes: int, **config: Any) -> Inception:
         bn_jax.linen.BatchNorm,
         momentum=config["decay"],
         epsilon=config["epsilon"],
-        axis_name=parallel.DEVICE_AXIS,
+        **dict(config["axes"]),
     )
     return Inception(
         num_classes=num_classes,
@@ -111,12 +113,14 @@ class Experiment:
             config["l2_weight"] * config["l2_multiple"],
             config["distortions"],
             config["rematerialise"],
+            config["parallelism"],
+            config["moments"] != parallel.GLOBAL,
         )
-        self._key = jax.random.key(config["seed"])
+        self._seed = np.int32(config["seed"])
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        key = jax.random.fold_in(self._key, 0)
+        key = jax.random.fold_in(jax.random.key(self._seed), 0)
         init = functools.partial(
             training.init_state,
             self.model,
@@ -130,12 +134,20 @@ class Experiment:
         self, state: TrainState, step: int, batch: ImageBatch
     ) -> tuple[TrainState, jax.Array]:
         """Goes one step on; returns the new state and the loss, (), not waited for."""
-        return self._functions.train_step(
-            state,
-            *_shard(batch.images, batch.labels),
-            jax.random.fold_in(self._key, 1 + step),
-            np.float32(learning_rate(self.config, step)),
-        )
+        return self._functions.train_step(*self._step_arguments(state, step, batch))
+
+    def training_memory(self, state: TrainState, batch: ImageBatch) -> Any:
+        """What XLA says that a step needs on each device; trains nothing."""
+        arguments = self._step_arguments(state, 0, batch)
+        lowered = self._functions.train_step.lower(*arguments)
+        return lowered.compile().memory_analysis()
+
+    def _step_arguments(
+        self, state: TrainState, step: int, batch: ImageBatch
+    ) -> tuple[Any, ...]:
+        rate = np.float32(learning_rate(self.config, step))
+        examples = _shard(batch.images, _positions(batch), batch.labels)
+        return state, *examples, self._seed, np.int32(step), rate
 
     def wait(self, losses: list[jax.Array]) -> None:
         """Keeps the host from running too far ahead of the devices.
@@ -194,8 +206,9 @@ class Experiment:
         for step, batch in zip(itertools.count(first_step), batches, strict=False):
             found = self._functions.batch_statistics(
                 state,
-                *_shard(batch.images),
-                jax.random.fold_in(self._key, 1 + step),
+                *_shard(batch.images, _positions(batch)),
+                self._seed,
+                np.int32(step),
             )
             total = found if total is None else jax.tree.map(jnp.add, total, found)
             count += 1
@@ -219,6 +232,8 @@ def _compile(
     l2_weight: float,
     distortions: str,
     rematerialise: bool,
+    parallelism: str,
+    average_statistics: bool,
 ) -> _Functions:
     optimiser = training.make_optimiser(momentum, l2_weight)
     policy = KEEP_CONVOLUTIONS if rematerialise else None
@@ -227,38 +242,51 @@ def _compile(
         norm=model.norm and functools.partial(model.norm, momentum=0.0)
     )
 
-    def augment(images: jax.Array, key: jax.Array) -> jax.Array:
+    def keys_of(seed: jax.Array, step: jax.Array) -> jax.Array:
+        """Of a step's distortions and dropout; key 0 is that of the initial state."""
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), 1 + step))
+
+    def augment(images: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
         # A key an image of the whole batch: the same however it is divided.
-        first = jax.lax.axis_index(parallel.DEVICE_AXIS) * len(images)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
-            first + jnp.arange(len(images))
-        )
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(positions)
         return _centre(distort(keys, _to_float(images), distortions))
 
     def train_step(
         state: TrainState,
         images: jax.Array,
+        positions: jax.Array,
         labels: jax.Array,
-        key: jax.Array,
+        seed: jax.Array,
+        step: jax.Array,
         rate: jax.Array,
     ) -> tuple[TrainState, jax.Array]:
-        distortion_key, dropout_key = jax.random.split(key)
+        distortion_key, dropout_key = keys_of(seed, step)
         device = jax.lax.axis_index(parallel.DEVICE_AXIS)
         return training.train_step(
             model,
             state._replace(
                 opt_state=training.with_learning_rate(state.opt_state, rate)
             ),
-            Batch(augment(images, distortion_key), labels),
+            Batch(augment(images, positions, distortion_key), labels),
             optimiser=optimiser,
             dropout_key=jax.random.fold_in(dropout_key, device),
             checkpoint_policy=policy,
+            average_statistics=average_statistics,
         )
 
-    def batch_statistics(state: TrainState, images: jax.Array, key: jax.Array) -> Any:
-        distortion_key, _ = jax.random.split(key)
-        inputs = augment(images, distortion_key)
-        return evaluation.batch_statistics(forgetful, state, inputs)
+    def batch_statistics(
+        state: TrainState,
+        images: jax.Array,
+        positions: jax.Array,
+        seed: jax.Array,
+        step: jax.Array,
+    ) -> Any:
+        distortion_key, _ = keys_of(seed, step)
+        inputs = augment(images, positions, distortion_key)
+        found = evaluation.batch_statistics(forgetful, state, inputs)
+        if average_statistics:
+            return jax.lax.pmean(found, parallel.DEVICE_AXIS)
+        return found
 
     def probabilities(
         state: TrainState, images: jax.Array, *, by_test_batch: bool = False
@@ -289,11 +317,15 @@ def _compile(
         found = probabilities(state, images)
         return jax.lax.all_gather(found, parallel.DEVICE_AXIS, tiled=True)
 
-    over_devices = parallel.map_over_devices
+    over_devices = functools.partial(parallel.map_over_devices, parallelism=parallelism)
     return _Functions(
         optimiser,
-        over_devices(train_step, in_axes=(None, 0, 0, None, None), donate_argnums=(0,)),
-        over_devices(batch_statistics, in_axes=(None, 0, None)),
+        over_devices(
+            train_step,
+            in_axes=(None, 0, 0, 0, None, None, None),
+            donate_argnums=(0,),
+        ),
+        over_devices(batch_statistics, in_axes=(None, 0, 0, None, None)),
         over_devices(gathered, in_axes=(None, 0)),
         {
             by_test_batch: over_devices(
@@ -356,6 +388,12 @@ def _to_float(images: jax.Array) -> jax.Array:
 
 def _centre(images: jax.Array) -> jax.Array:
     return 2 * images - 1
+
+
+def _positions(batch: ImageBatch) -> np.ndarray:
+    """Of this process' examples in the batch of all processes."""
+    count = len(batch.labels)
+    return jax.process_index() * count + np.arange(count, dtype=np.int32)
 
 
 def _shard(*arrays: np.ndarray) -> list[np.ndarray]:

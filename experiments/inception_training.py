@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import json
+import math
 import platform
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 import bn_jax
-from experiments import parallel
+from experiments import dry_run, parallel, preemption
 from experiments.checkpoints import Checkpoints
 from experiments.configs.inception import KEYS
 from experiments.configuration import (
@@ -24,26 +25,25 @@ from experiments.configuration import (
     check_positive,
     check_shares,
 )
-from experiments.data.datasets import NUM_CLASSES, load_splits
-from experiments.data.loader import (
-    ImageBatch,
-    UndecodableImages,
-    evaluation_batches,
-    training_batches,
-)
-from experiments.data.splits import Augmentation
+from experiments.data.datasets import NUM_CLASSES
+from experiments.inception_data import Data
 from experiments.inception_experiment import INITIALISATIONS, Experiment, learning_rate
 from experiments.metrics import MetricsLog, finite
 from experiments.models.description import as_table, describe
 from experiments.models.inception import POOL_PROJECTIONS, TABLE, table_rows
 from experiments.models.layers import ACTIVATIONS
+from experiments.preemption import PreemptedError
+from experiments.processes import is_first, on_first, say, together
 from experiments.progress import progress_bar
+from experiments.run_folder import open_run
 from experiments.training import TrainState
-from experiments.workdir import open_workdir, read_json, write_whole
+from experiments.workdir import read_json, write_whole
 
 NETWORK = "network"  # what checkpoints call its state
 POPULATION = "population"  # folder of the final state with Algorithm 2's statistics
-STEPS_PER_LOOK = 50  # between looks at the losses, where divergence shows
+# Between looks at the losses, where divergence shows, and at whether to stop.
+STEPS_PER_LOOK = 20
+DRY_STEPS = 3  # that a dry run times together
 
 CHOICES: Mapping[str, Sequence[Any]] = {
     "activation": tuple(ACTIVATIONS),
@@ -68,21 +68,24 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
         names say; the message says what to do.
     """
     check_config(config)
-    data = Data(config, data_dir)
-    with open_workdir(workdir, {**config, "data": data.description}):
+    data = together(lambda: Data(config, data_dir))
+    if config["dry_run"]:
+        experiment = Experiment(config, data.train.num_classes)
+        say(dry_run.report(config, _measure(experiment, data)))
+        return
+    with open_run(workdir, {**config, "data": data.description}):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
-            print(f"{workdir} holds this run, finished; nothing to do.")
+            say(f"{workdir} holds this run, finished; nothing to do.")
         else:
             experiment = Experiment(config, data.train.num_classes)
             summary = _train_and_evaluate(experiment, data, workdir)
+            text = json.dumps(finite(summary), indent=2) + "\n"
             # Last, as it marks the run as finished.
-            write_whole(summary_path, json.dumps(finite(summary), indent=2) + "\n")
+            on_first(lambda: write_whole(summary_path, text))
             data.report_undecodable()
-        print(as_text(read_json(summary_path)))
-    print(
-        f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}."
-    )
+        say(as_text(read_json(summary_path)))
+    say(f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}.")
 
 
 def describe_network(config: Mapping[str, Any], data_dir: str | None) -> str:
@@ -138,74 +141,8 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"--config.per_activation_rows={config['per_activation_rows']}: "
                 f"expected some of {rows}."
             )
-    for key in ("batch_size", "eval_batch_size"):
-        parallel.check_divisible(config[key], key)
-
-
-class Data:
-    """The examples of a run, in batches as training and evaluation take them."""
-
-    def __init__(self, config: Mapping[str, Any], data_dir: str | None) -> None:
-        """Opens the data set that the configuration names.
-
-        Raises:
-          ConfigError: a batch is larger than the training set.
-          DataError: there is no such data set, or it cannot be read.
-        """
-        self._config = config
-        augmentation = Augmentation(*(config[field] for field in Augmentation._fields))
-        self.train, self.test = load_splits(config["dataset"], data_dir, augmentation)
-        self._undecodable = UndecodableImages(config["max_undecodable"])
-        if config["batch_size"] > len(self.train):
-            raise ConfigError(
-                f"--config.batch_size={config['batch_size']} is more than the "
-                f"{len(self.train)} training examples; use a smaller one."
-            )
-
-    @property
-    def description(self) -> dict[str, int]:
-        """What tells one version of the data from another, as JSON values."""
-        return {
-            "training_examples": len(self.train),
-            "test_examples": len(self.test),
-            "classes": self.train.num_classes,
-        }
-
-    def training(self, first: int, last: int) -> Generator[ImageBatch]:
-        """The batches of the steps from `first` to before `last`."""
-        config = self._config
-        return training_batches(
-            self.train,
-            range(first, last),
-            seed=config["seed"],
-            batch_size=config["batch_size"],
-            shuffle=config["shuffle"],
-            threads=config["threads"],
-            undecodable=self._undecodable,
-        )
-
-    def testing(self, num_examples: int = 0, crops: int = 1) -> Generator[ImageBatch]:
-        """The first test examples, or (0) all of them.
-
-        Several crops share out a batch's images among fewer examples.
-        """
-        config, devices = self._config, jax.local_device_count()
-        batch_size = config["eval_batch_size"] // crops // devices * devices
-        return evaluation_batches(
-            self.test,
-            min(num_examples or len(self.test), len(self.test)),
-            batch_size=max(batch_size, devices),
-            crops=crops,
-            threads=config["threads"],
-            undecodable=self._undecodable,
-        )
-
-    def report_undecodable(self) -> None:
-        """Names the images that could not be decoded."""
-        if messages := sorted(self._undecodable.messages):
-            print(
-                f"{len(messages)} images could not be decoded:", *messages, sep="\n  "
-            )
+    parallel.check_launch(config)
+    parallel.check_divisible(config["eval_batch_size"], "eval_batch_size")
 
 
 class _Trained(NamedTuple):
@@ -230,7 +167,8 @@ def _train_and_evaluate(
         "python": platform.python_version(),
         "platform": jax.default_backend(),
         "device": device.device_kind,
-        "devices": jax.local_device_count(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "config": dict(config),
         "data": data.description,
         "num_parameters": sum(
@@ -257,12 +195,16 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
         first = 0
         if restored := checkpoints.restore_newest({NETWORK: state}):
             first, state = restored[0], restored[1][NETWORK]
-            print(f"Going on from the checkpoint of step {first} in {workdir}.")
+            say(f"Going on from the checkpoint of step {first} in {workdir}.")
         kept = sorted(step for step in evaluations if restored and step <= first)
-        log = MetricsLog(workdir / "metrics.jsonl", kept)
+        log = together(
+            lambda: MetricsLog(workdir / "metrics.jsonl", kept, writes=is_first())
+        )
         stack.callback(log.close)
         events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first + 1 if restored else 0
+            str(workdir / "tensorboard"),
+            purge_step=first + 1 if restored else 0,
+            write_to_disk=is_first(),
         )
         stack.callback(events.close)
 
@@ -289,6 +231,7 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
             progress_bar(last * batch_size, first * batch_size, "image")
         )
         batches = stack.enter_context(contextlib.closing(data.training(first, last)))
+        must_stop = stack.enter_context(preemption.watch())
         losses: list[jax.Array] = []
         for step, batch in zip(itertools.count(first + 1), batches, strict=False):
             state, loss = experiment.train_step(state, step - 1, batch)
@@ -301,17 +244,51 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
             losses = []
             if not np.isfinite(found).all():
                 diverged_at = step - len(found) + 1 + int(np.isfinite(found).argmin())
-                print(f"\nDiverged: the loss of step {diverged_at} is not finite.")
+                say(f"\nDiverged: the loss of step {diverged_at} is not finite.")
                 return _Trained(state, log.rows, diverged_at, diverged_at)
             if step in evaluations:
                 row = measure(step, float(found.mean()))
                 bar.set_postfix(step=step, loss=row["loss"], top1=f"{row['top1']:.2f}%")
-            if step in saves:
+            stopping = must_stop()
+            if step in saves or stopping:
                 # Rows first: a checkpoint promises that those up to it are there.
                 log.flush()
                 events.flush()
-                checkpoints.save(step, {NETWORK: state})
+                checkpoints.save(step, {NETWORK: parallel.as_global(state)})
+            if stopping and step < last:
+                raise PreemptedError(
+                    f"stopped by SIGTERM; the same command goes on from step {step}."
+                )
         return _Trained(state, log.rows, last, None)
+
+
+def _measure(experiment: Experiment, data: Data) -> dry_run.Measured:
+    """Trains and evaluates for a moment, and keeps nothing."""
+    config = experiment.config
+    num_evaluated = config["eval_examples"] or len(data.test)
+    with contextlib.closing(data.training(0, 1)) as batches:
+        (training_batch,) = batches
+    with contextlib.closing(data.testing(config["eval_batch_size"])) as batches:
+        (test_batch,) = batches
+    state = experiment.initial_state()
+    memory = experiment.training_memory(state, training_batch)
+
+    def advance() -> None:
+        nonlocal state
+        for step in range(DRY_STEPS):
+            state, loss = experiment.train_step(state, step, training_batch)
+            jax.block_until_ready(loss)
+
+    return dry_run.Measured(
+        parameters={config["variant"]: dry_run.count(state.params)},
+        num_networks=1,
+        memory=memory,
+        seconds_per_step=dry_run.seconds(advance) / DRY_STEPS,
+        num_evaluations=1 + math.ceil(config["num_steps"] / config["eval_every"]),
+        seconds_per_evaluation=num_evaluated
+        / config["eval_batch_size"]
+        * dry_run.seconds(lambda: experiment.evaluate(state, [test_batch])),
+    )
 
 
 def _evaluate_finally(
@@ -345,7 +322,7 @@ def _population_state(
             trained.step,
             data.training(trained.step, trained.step + batches),
         )
-        state = trained.state._replace(batch_stats=statistics)
+        state = parallel.as_global(trained.state._replace(batch_stats=statistics))
         checkpoints.save(trained.step, {NETWORK: state})
         return state
 

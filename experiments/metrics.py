@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from experiments.workdir import WorkdirError, write_whole
 
@@ -18,12 +18,13 @@ class MetricsLog:
     again, are dropped.
     """
 
-    def __init__(self, path: Path, steps: Sequence[int]) -> None:
+    def __init__(self, path: Path, steps: Sequence[int], writes: bool = True) -> None:
         """Opens the file and drops what it has after the rows to keep.
 
         Args:
           path: the file; made if it is missing.
           steps: the step of every row to keep, from the first on.
+          writes: of several processes one writes the file; the others remember.
 
         Raises:
           WorkdirError: not all of these rows are there; nothing was changed.
@@ -34,26 +35,31 @@ class MetricsLog:
                 f"{path} is damaged: rows up to step {steps[-1]} are missing; restore "
                 "it, or choose another --workdir."
             )
-        write_whole(path, "".join(_line(row) for row in self.rows))
-        self._file = path.open("a")
+        self._file: TextIO | None = None
+        if writes:
+            write_whole(path, "".join(_line(row) for row in self.rows))
+            self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row of JSON values. Numbers that are not finite become null."""
         known = finite(row)
         self.rows.append(known)
-        self._file.write(_line(known))
-        # For whoever watches the run; `flush` is what makes it last.
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(known))
+            # For whoever watches the run; `flush` is what makes it last.
+            self._file.flush()
 
     def flush(self) -> None:
         """Makes sure that all rows are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Puts all rows on disk and closes the file."""
         self.flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def make_replicas(config: Mapping[str, Any]) -> Replicas:
 
 
 class Experiment:
-    """Trains and measures all networks and replicas at once, on all local devices."""
+    """Trains and measures all networks and replicas at once, on all devices."""
 
     def __init__(self, config: Mapping[str, Any], data: ImageSet) -> None:
         """Puts the data on the devices; functions compile when they are first called.
@@ -55,7 +55,7 @@ class Experiment:
             num_classes=data.num_classes,
             decay=config["decay"],
             epsilon=config["epsilon"],
-            axis_name=parallel.DEVICE_AXIS,
+            **parallel.moments_axes(config["moments"]),
         )
         self.models = {
             "baseline": network(batch_norm=False),
@@ -67,24 +67,31 @@ class Experiment:
         self._train_data = parallel.replicate((images, data.train_labels))
         test_images = to_inputs(data.test_images, config["binarise"])
         padded = evaluation.pad_and_mask(
-            test_images, data.test_labels, jax.local_device_count()
+            test_images, data.test_labels, jax.device_count()
         )
-        self._test_data = [parallel.shard(array, axis=0) for array in padded]
+        self._test_data = [
+            parallel.shard(parallel.own_part(array, axis=0), axis=0) for array in padded
+        ]
         self._num_test = len(test_images)
         self._probe = jnp.asarray(test_images[: config["probe_examples"]])
 
-        def bind(function: Any) -> Any:
-            return functools.partial(function, self.models, self.pixel_scale)
+        def bind(function: Any, **options: Any) -> Any:
+            return functools.partial(function, self.models, self.pixel_scale, **options)
 
-        self._train_steps = parallel.map_over_devices(
-            bind(training.train_steps),
+        over_devices = functools.partial(
+            parallel.map_over_devices, parallelism=config["parallelism"]
+        )
+        average = {"average_statistics": config["moments"] != parallel.GLOBAL}
+        self._train_steps = over_devices(
+            bind(training.train_steps, **average),
             in_axes=(None, None, None, 0),
             donate_argnums=(0,),
         )
-        self._population = parallel.map_over_devices(
-            bind(evaluation.population_statistics), in_axes=(None, None, None, 0)
+        self._population = over_devices(
+            bind(evaluation.population_statistics, **average),
+            in_axes=(None, None, None, 0),
         )
-        self._count_correct = parallel.map_over_devices(
+        self._count_correct = over_devices(
             bind(evaluation.count_correct), in_axes=(None, 0, 0, 0)
         )
         self._sigmoid_inputs = jax.jit(bind(evaluation.sigmoid_inputs))
@@ -111,6 +118,12 @@ class Experiment:
         # forced host devices.
         return states, jax.device_get(losses)
 
+    def training_memory(self, states: States, num_steps: int) -> Any:
+        """What XLA says that `advance` needs on each device; trains nothing."""
+        indices = self._indices(0, num_steps)
+        lowered = self._train_steps.lower(states, *self._train_data, indices)
+        return lowered.compile().memory_analysis()
+
     def accuracy(self, states: States) -> dict[str, np.ndarray]:
         """Percent of the test set that is classified right: (replicas,) a network."""
         correct = jax.device_get(self._count_correct(states, *self._test_data))
@@ -130,7 +143,8 @@ class Experiment:
 
     def sigmoid_percentiles(self, states: States) -> dict[str, np.ndarray]:
         """Of the sigmoids' inputs: (replicas, percentiles, units) a network."""
-        inputs = jax.device_get(self._sigmoid_inputs(states, self._probe))
+        own = parallel.one_copy(states)
+        inputs = jax.device_get(self._sigmoid_inputs(own, self._probe))
         return {
             name: np.moveaxis(
                 np.percentile(values, evaluation.PERCENTILES, axis=1), 0, 1
@@ -146,4 +160,4 @@ class Experiment:
             len(self._train_data[1]),
             self.config["batch_size"],
         )
-        return parallel.shard(indices, axis=2)
+        return parallel.shard(parallel.own_part(indices, axis=2), axis=2)

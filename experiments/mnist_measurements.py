@@ -10,6 +10,7 @@ from tensorboardX import SummaryWriter
 
 from experiments.metrics import MetricsLog
 from experiments.mnist_experiment import Experiment, States
+from experiments.processes import is_first
 
 
 def evaluation_steps(config: Mapping[str, Any]) -> set[int]:
@@ -52,12 +53,16 @@ class Measurements:
         probed = kept if config["probe_examples"] else []
         purge_step = 0 if resumed_at is None else resumed_at + 1
         with contextlib.ExitStack() as opened:
-            self._metrics = MetricsLog(workdir / "metrics.jsonl", kept)
+            self._metrics = MetricsLog(workdir / "metrics.jsonl", kept, is_first())
             opened.callback(self._metrics.close)
-            self._percentiles = MetricsLog(workdir / "percentiles.jsonl", probed)
+            self._percentiles = MetricsLog(
+                workdir / "percentiles.jsonl", probed, is_first()
+            )
             opened.callback(self._percentiles.close)
             self._events = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=purge_step
+                str(workdir / "tensorboard"),
+                purge_step=purge_step,
+                write_to_disk=is_first(),
             )
             opened.callback(self._events.close)
             self._opened = opened.pop_all()

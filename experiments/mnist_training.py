@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import jax
 
-from experiments import figures, mnist_summary, parallel
+from experiments import dry_run, figures, mnist_summary, parallel, preemption
 from experiments.checkpoints import Checkpoints
 from experiments.configs.mnist import KEYS
 from experiments.configuration import (
@@ -23,10 +24,14 @@ from experiments.data.image_set import load_image_set
 from experiments.metrics import finite
 from experiments.mnist_experiment import Experiment
 from experiments.mnist_measurements import Measurements, evaluation_steps
+from experiments.preemption import PreemptedError
+from experiments.processes import on_first, say, together
 from experiments.progress import progress_bar
-from experiments.workdir import open_workdir, read_json, write_whole
+from experiments.run_folder import open_run
+from experiments.workdir import read_json, write_whole
 
 MAX_STEPS_PER_CALL = 500  # so that the progress bar moves every second or so
+DRY_STEPS = 100  # that a dry run times together
 
 
 def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
@@ -42,8 +47,8 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
         names say; the message says what to do.
     """
     check_config(config)
-    parallel.check_divisible(config["batch_size"])
-    data = load_image_set(config["dataset"], data_dir)
+    parallel.check_launch(config)
+    data = together(lambda: load_image_set(config["dataset"], data_dir))
     if config["batch_size"] > len(data.train_images):
         raise ConfigError(
             f"--config.batch_size={config['batch_size']} is more than the "
@@ -54,27 +59,37 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
             "--config.probe_examples: one example alone cannot be normalised; use 0, "
             "or 2 and more of a larger test set."
         )
+    if config["dry_run"]:
+        say(dry_run.report(config, _measure(Experiment(config, data))))
+        return
     fingerprint = f"{google_crc32c.value(data.train_images.tobytes()):08x}"
-    with open_workdir(workdir, {**config, "data_checksum": fingerprint}):
+    with open_run(workdir, {**config, "data_checksum": fingerprint}):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
-            print(f"{workdir} holds this run, finished; nothing to do.")
-            print(mnist_summary.as_table(read_json(summary_path)))
+            say(f"{workdir} holds this run, finished; nothing to do.")
+            say(mnist_summary.as_table(read_json(summary_path)))
             return
         experiment = Experiment(config, data)
         measurements = _train(experiment, workdir)
-        rows, percentiles = measurements.rows, measurements.percentiles
-        replicas = experiment.replicas._asdict()
-        summary = mnist_summary.summarise(config, replicas, rows, percentiles)
-        if len(mnist_summary.settings(summary)) > 1:
-            figures.save(figures.accuracy_against_rate(summary), workdir / "rates")
-        else:
-            figure = figures.figure1(rows, percentiles, summary)
-            figures.save(figure, workdir / "figure1")
-        # Last, as it marks the run as finished.
-        write_whole(summary_path, json.dumps(finite(summary), indent=2) + "\n")
+        on_first(lambda: _conclude(experiment, measurements, workdir))
+    say(f"Figures, summary.json, metrics and checkpoints are in {workdir}.")
+
+
+def _conclude(
+    experiment: Experiment, measurements: Measurements, workdir: Path
+) -> None:
+    """Writes figures and the summary, and prints it."""
+    rows, percentiles = measurements.rows, measurements.percentiles
+    replicas = experiment.replicas._asdict()
+    summary = mnist_summary.summarise(experiment.config, replicas, rows, percentiles)
+    if len(mnist_summary.settings(summary)) > 1:
+        figures.save(figures.accuracy_against_rate(summary), workdir / "rates")
+    else:
+        figure = figures.figure1(rows, percentiles, summary)
+        figures.save(figure, workdir / "figure1")
+    # Last, as it marks the run as finished.
+    write_whole(workdir / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
     print(mnist_summary.as_table(summary))
-    print(f"Figures, summary.json, metrics and checkpoints are in {workdir}.")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -108,10 +123,12 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
         states = experiment.initial_states()
         restored = checkpoints.restore_newest(states)
         step, states = restored or (0, states)
-        measurements = Measurements(experiment, workdir, step if restored else None)
+        measurements = together(
+            lambda: Measurements(experiment, workdir, step if restored else None)
+        )
         stack.callback(measurements.close)
         if restored:
-            print(f"Going on from the checkpoint of step {step} in {workdir}.")
+            say(f"Going on from the checkpoint of step {step} in {workdir}.")
         else:
             measurements.measure(0, states, {})
         evaluations = evaluation_steps(config)
@@ -121,6 +138,7 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
         )
         first, began = step, time.monotonic()
         bar = stack.enter_context(progress_bar(last, first, "step"))
+        must_stop = stack.enter_context(preemption.watch())
         for stop in sorted(stop for stop in stops if stop > first):
             states, losses = experiment.advance(states, step, stop - step)
             bar.update(stop - step)
@@ -130,9 +148,38 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
                 bar.set_postfix(
                     {name: f"{value.mean():.2f}%" for name, value in accuracy.items()}
                 )
-            if step % config["checkpoint_every"] == 0 or step == last:
+            stopping = must_stop()
+            if step % config["checkpoint_every"] == 0 or step == last or stopping:
                 # Rows first: a checkpoint promises that those up to it are there.
                 measurements.flush()
-                checkpoints.save(step, states)
-    print(f"Trained {last - first} steps in {time.monotonic() - began:.1f} s.")
+                checkpoints.save(step, parallel.as_global(states))
+            if stopping and step < last:
+                raise PreemptedError(
+                    f"stopped by SIGTERM; the same command goes on from step {step}."
+                )
+    say(f"Trained {last - first} steps in {time.monotonic() - began:.1f} s.")
     return measurements
+
+
+def _measure(experiment: Experiment) -> dry_run.Measured:
+    """Trains and evaluates for a moment, and keeps nothing."""
+    states = experiment.initial_states()
+    num_steps = min(DRY_STEPS, experiment.config["num_steps"])
+    memory = experiment.training_memory(states, num_steps)
+    parameters = {
+        name: dry_run.count(jax.tree.map(lambda leaf: leaf[0], state.params))
+        for name, state in states.items()
+    }
+
+    def advance() -> None:
+        nonlocal states
+        states, _ = experiment.advance(states, 0, num_steps)
+
+    return dry_run.Measured(
+        parameters=parameters,
+        num_networks=len(experiment.replicas.seed) * len(states),
+        memory=memory,
+        seconds_per_step=dry_run.seconds(advance) / num_steps,
+        num_evaluations=len(evaluation_steps(experiment.config)),
+        seconds_per_evaluation=dry_run.seconds(lambda: experiment.accuracy(states)),
+    )

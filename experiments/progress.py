@@ -4,9 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from experiments.processes import is_first
+
 
 def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
     """A bar on standard error; on something other than a terminal, a line at times.
+
+    Of several processes the first alone shows it.
 
     Args:
       total: units of work in all.
@@ -19,4 +23,5 @@ def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
         unit=f" {unit}",
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
+        disable=not is_first(),
     )

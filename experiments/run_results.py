@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.configuration import LAUNCH_KEYS
 from experiments.metrics import read_rows
 from experiments.workdir import WorkdirError, read_json
 
@@ -16,7 +17,7 @@ CONFIG_KEYS = (
 )
 SUMMARY_KEYS = ("diverged_at", "final")
 # In what runs of one model may differ: the seed, and what leaves its numbers alone.
-SEED_KEYS = ("seed", "data_checksum", "threads", "checkpoint_every")
+SEED_KEYS = ("seed", "data_checksum", "checkpoint_every", *LAUNCH_KEYS)
 
 
 class Run(NamedTuple):

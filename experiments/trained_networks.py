@@ -11,10 +11,11 @@ import numpy as np
 from experiments import parallel
 from experiments.checkpoints import Checkpoints
 from experiments.configs.inception import KEYS
-from experiments.configuration import ConfigError
+from experiments.configuration import LAUNCH_KEYS, ConfigError
 from experiments.data.errors import DataError
+from experiments.inception_data import Data
 from experiments.inception_experiment import Experiment
-from experiments.inception_training import NETWORK, POPULATION, Data
+from experiments.inception_training import NETWORK, POPULATION
 from experiments.run_results import CONFIG_FILE, Run, group_runs
 from experiments.training import TrainState
 from experiments.workdir import WorkdirError
@@ -26,9 +27,9 @@ SHARED_KEYS = ("dataset", "image_size", "crop_fraction", "flip", "eval_batch_siz
 # compiled.
 TRAINING_KEYS = (
     *("seed", "dropout_rate", "initialisation", "initial_std", "initial_scale"),
-    *("decay", "distortions", "rematerialise"),
+    *("decay", "distortions", "rematerialise", "moments", "parallelism"),
 )
-UNNAMED_KEYS = ("data", "threads", "checkpoint_every")  # tell no networks apart
+UNNAMED_KEYS = ("data", "checkpoint_every", *LAUNCH_KEYS)  # tell no networks apart
 
 
 class Network(NamedTuple):

@@ -113,6 +113,7 @@ def train_step(
     optimiser: optax.GradientTransformation = PLAIN_SGD,
     dropout_key: jax.Array | None = None,
     checkpoint_policy: Callable[..., bool] | None = None,
+    average_statistics: bool = False,
 ) -> tuple[TrainState, jax.Array]:
     """One step of SGD on the mean cross-entropy over all devices' batches.
 
@@ -127,6 +128,8 @@ def train_step(
       dropout_key: this device's, where the model has dropout.
       checkpoint_policy: of `jax.checkpoint`: what the backward pass keeps when it
         computes the rest again. None keeps all it needs.
+      average_statistics: keep the mean of the devices' `batch_stats`, for a model that
+        does not share its moments over all of them.
 
     Returns:
       The new state and the loss, (), float32; both the same on all devices.
@@ -146,6 +149,8 @@ def train_step(
     # Averaged after the gradient: averaging the loss inside it would give each
     # device's gradient a second sum over devices.
     loss, grads = jax.lax.pmean((loss, grads), DEVICE_AXIS)
+    if average_statistics:
+        batch_stats = jax.lax.pmean(batch_stats, DEVICE_AXIS)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, batch_stats, opt_state), loss
@@ -197,6 +202,8 @@ def train_steps(
     images: jax.Array,
     labels: jax.Array,
     indices: jax.Array,
+    *,
+    average_statistics: bool = False,
 ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
     """Many steps of several networks, of several replicas each, in one `lax.scan`.
 
@@ -209,16 +216,18 @@ def train_steps(
       images: (examples, inputs), uint8: all of the training set.
       labels: (examples,), int32.
       indices: (steps, replicas, batch), int32: this device's share of each batch.
+      average_statistics: as for `train_step`.
 
     Returns:
       New states, and each network's loss, (replicas,), averaged over the steps.
     """
+    one_step = functools.partial(train_step, average_statistics=average_statistics)
 
     def step(
         states: dict[str, TrainState], index: jax.Array
     ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
         batch = take_batch(images, labels, index, pixel_scale)
-        results = map_networks(train_step, models, states, batch)
+        results = map_networks(one_step, models, states, batch)
         new_states = {name: state for name, (state, _) in results.items()}
         return new_states, {name: loss for name, (_, loss) in results.items()}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from experiments.configuration import LAUNCH_KEYS
+
 
 class WorkdirError(RuntimeError):
     """The folder of a run cannot be used."""
@@ -36,7 +38,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> TextIO:
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _check_same_config(workdir, json.loads(json.dumps(config)))
+        check_same_config(workdir, json.loads(json.dumps(config)))
     except BlockingIOError:
         lock.close()
         raise WorkdirError(
@@ -76,7 +78,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_same_config(workdir: Path, config: dict[str, Any]) -> None:
+def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Compares a configuration with that of the folder; where it has none, writes it.
+
+    `LAUNCH_KEYS` may differ.
+
+    Raises:
+      WorkdirError: they differ.
+    """
     path = workdir / "config.json"
     if not path.exists():
         write_whole(path, json.dumps(config, indent=2) + "\n")
@@ -85,7 +94,7 @@ def _check_same_config(workdir: Path, config: dict[str, Any]) -> None:
     absent = "absent"
     differences = [
         f"{key}: {earlier.get(key, absent)} there, {config.get(key, absent)} now"
-        for key in sorted(earlier.keys() | config.keys())
+        for key in sorted((earlier.keys() | config.keys()) - set(LAUNCH_KEYS))
         if earlier.get(key, absent) != config.get(key, absent)
     ]
     if differences:

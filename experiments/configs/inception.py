@@ -72,6 +72,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval_batch_size": (256, "examples a step of an evaluation, over all devices"),
     "population_batches": (1_000, "training batches that Algorithm 2 averages over"),
     "checkpoint_every": (10_000, "steps between checkpoints"),
+    # Launching: who shares the work, and how.
+    "moments": ("global", "who shares a batch's: global, local, or 4, say, devices"),
+    "parallelism": ("pmap", "what maps a step over devices: pmap or shard_map"),
+    "dry_run": (False, "print what the run would need and take, and stop"),
 }
 
 # Section 4.2.2. Each entry: its parent, and what changes.

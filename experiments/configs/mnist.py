@@ -38,6 +38,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "milestones": ((1_000, 10_000, 50_000), "steps to report, beside the last one"),
     "probe_examples": (2_000, "test examples for the sigmoids' percentiles; 0: none"),
     "checkpoint_every": (5_000, "steps between checkpoints"),
+    # Launching: who shares the work, and how.
+    "moments": ("global", "who shares a batch's: global, local, or 4, say, devices"),
+    "parallelism": ("pmap", "what maps a step over devices: pmap or shard_map"),
+    "dry_run": (False, "print what the run would need and take, and stop"),
 }
 
 # What changes in the sweep: one seed and fewer steps, but every rate with every

@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from experiments.data.errors import DataError
 from experiments.data.splits import Example, Split, UndecodableError
 
 BATCHES_AHEAD = 4  # decoded, or being decoded, beside the one in use
-MAX_SUCCESSORS = 100  # tried in place of a training image that cannot be decoded
+MAX_SUCCESSORS = 100  # tried in place of an image that cannot be decoded
 
 Made = TypeVar("Made")
 
@@ -88,20 +88,14 @@ def training_batches(
       DataError: too many images cannot be decoded, or files are damaged.
     """
     shard_lengths = split.shard_lengths if shuffle == "shards" else None
-    number, count = part
-    own = slice(number * batch_size // count, (number + 1) * batch_size // count)
+    own = _own(batch_size, part)
 
     def make(step: int, position: int, index: int) -> Example:
-        for successor in range(MAX_SUCCESSORS):
+        def read(index: int) -> Example:
             random = np.random.default_rng([seed, step, position])
-            try:
-                return split.training_example((index + successor) % len(split), random)
-            except UndecodableError as error:
-                undecodable.add(error)
-        raise DataError(
-            f"{MAX_SUCCESSORS} consecutive training images, from number {index} on, "
-            "cannot be decoded; restore the data."
-        )
+            return split.training_example(index, random)
+
+        return _decodable(split, index, read, undecodable)[0]
 
     def tasks() -> Iterator[list[Callable[[], Example]]]:
         for step in steps:
@@ -125,6 +119,7 @@ def evaluation_batches(
     crops: int,
     threads: int,
     undecodable: UndecodableImages,
+    part: tuple[int, int] = (0, 1),
 ) -> Generator[ImageBatch]:
     """Makes batches of a split's first examples, in order.
 
@@ -134,7 +129,9 @@ def evaluation_batches(
       batch_size: of every batch: the last is padded.
       crops: a number that `experiments.data.crops` knows.
       threads: that make images.
-      undecodable: receives images that cannot be decoded; they are masked.
+      undecodable: receives images that cannot be decoded; they are masked, and the
+        next that can be takes their place.
+      part: of every batch to make: its number and how many there are.
 
     Yields:
       Batches with several images an example. Padding repeats examples, so that a
@@ -144,28 +141,48 @@ def evaluation_batches(
       DataError: too many images cannot be decoded, or files are damaged.
     """
 
-    def make(index: int) -> Example | None:
-        try:
-            return split.evaluation_example(index, crops)
-        except UndecodableError as error:
-            undecodable.add(error)
-            return None
+    def read(index: int) -> Example:
+        return split.evaluation_example(index, crops)
 
-    starts = range(0, num_examples, batch_size)
-    tasks: Iterator[list[Callable[[], Example | None]]] = (
+    def make(index: int, is_padding: bool) -> tuple[Example, bool]:
+        example, successor = _decodable(split, index, read, undecodable)
+        return example, not (is_padding or successor)
+
+    own = _own(batch_size, part)
+    tasks: Iterator[list[Callable[[], tuple[Example, bool]]]] = (
         [
-            functools.partial(make, index)
-            for index in range(start, min(start + batch_size, num_examples))
+            functools.partial(make, start + position % count, position >= count)
+            for position in range(batch_size)[own]
         ]
-        for start in starts
+        for start in range(0, num_examples, batch_size)
+        for count in [min(batch_size, num_examples - start)]
     )
     for found in _in_threads(tasks, threads):
-        examples = [example for example in found if example is not None]
-        if not examples:
-            continue
-        mask = np.arange(batch_size) < len(examples)
-        repeated = [examples[i % len(examples)] for i in range(batch_size)]
-        yield _stack(repeated, mask)
+        examples, mask = zip(*found, strict=True)
+        yield _stack(examples, np.array(mask))
+
+
+def _own(batch_size: int, part: tuple[int, int]) -> slice:
+    number, count = part
+    return slice(number * batch_size // count, (number + 1) * batch_size // count)
+
+
+def _decodable(
+    split: Split,
+    index: int,
+    read: Callable[[int], Example],
+    undecodable: UndecodableImages,
+) -> tuple[Example, int]:
+    """An example, or the next that can be decoded, and how many come before it."""
+    for successor in range(MAX_SUCCESSORS):
+        try:
+            return read((index + successor) % len(split)), successor
+        except UndecodableError as error:
+            undecodable.add(error)
+    raise DataError(
+        f"{MAX_SUCCESSORS} consecutive images, from number {index} on, cannot be "
+        "decoded; restore the data."
+    )
 
 
 def _in_threads(
@@ -186,7 +203,7 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _stack(examples: list[Example], mask: np.ndarray) -> ImageBatch:
+def _stack(examples: Sequence[Example], mask: np.ndarray) -> ImageBatch:
     return ImageBatch(
         np.stack([example.images for example in examples]),
         np.array([example.label for example in examples], np.int32),

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 import bn_jax.linen
-from bn_jax.collectives import AxisName
+from bn_jax.collectives import AxisIndexGroups, AxisName
 
 
 class MLP(nn.Module):
@@ -22,6 +22,7 @@ class MLP(nn.Module):
       decay: share of the old statistics that stays in their moving average.
       epsilon: added to the variance.
       axis_name: mapped axis to share moments over.
+      axis_index_groups: groups of devices along it that share them; None: all do.
     """
 
     hidden: tuple[int, ...] = (100, 100, 100)
@@ -31,6 +32,7 @@ class MLP(nn.Module):
     decay: float = 0.99
     epsilon: float = 1e-3
     axis_name: AxisName | None = None
+    axis_index_groups: AxisIndexGroups | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -53,6 +55,7 @@ class MLP(nn.Module):
                     momentum=self.decay,
                     epsilon=self.epsilon,
                     axis_name=self.axis_name,
+                    axis_index_groups=self.axis_index_groups,
                 )(x)
             if layer == len(self.hidden) - 1:
                 self.sow("intermediates", "sigmoid_input", x)

@@ -11,7 +11,8 @@ import pytest
 from experiments import ensemble
 from experiments.data.errors import DataError
 from experiments.data.loader import ImageBatch
-from experiments.inception_training import POPULATION, Data
+from experiments.inception_data import Data
+from experiments.inception_training import POPULATION
 from experiments.trained_networks import Network
 from tests.experiments.helpers import ORBAX_LEFTOVERS
 from tests.experiments.test_trained_networks import (

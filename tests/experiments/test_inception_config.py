@@ -168,7 +168,7 @@ def test_the_ensemble_has_six_different_members_based_on_bn_x30():
 @pytest.mark.parametrize("size", ["", *SIZES])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_configuration_is_valid(variant, size, monkeypatch):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = config_of(f"{variant},{size}" if size else variant)
     assert config.keys() == KEYS.keys()
     assert config["variant"] == variant

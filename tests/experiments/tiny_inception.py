@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import inception_experiment, inception_training, parallel
+from experiments import inception_data, inception_experiment, parallel
 from experiments.configs.inception import get_config
 from experiments.data.crops import evaluation_crops
 from experiments.data.splits import Augmentation, Example, Split, UndecodableError
@@ -174,7 +174,7 @@ def tiny_experiments(**broken: Collection[int]) -> Iterator[None]:
         patch.setattr(inception_experiment, "_make_model", _make_model)
         patch.setattr(inception_experiment, "_compile", _compile)
         patch.setattr(Experiment, "initial_state", _initial_state)
-        patch.setattr(inception_training, "load_splits", load)
+        patch.setattr(inception_data, "load_splits", load)
         yield
 
 

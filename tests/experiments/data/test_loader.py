@@ -185,7 +185,7 @@ def test_a_message_counts_once():
 
 def test_a_set_without_a_single_image_is_given_up():
     with pytest.raises(
-        DataError, match=rf"^{MAX_SUCCESSORS} consecutive training images, from number "
+        DataError, match=rf"^{MAX_SUCCESSORS} consecutive images, from number "
     ):
         list(train(NumberedSplit(range(30)), range(1)))
     assert not loader_threads()

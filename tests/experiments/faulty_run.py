@@ -1,0 +1,51 @@
+"""Runs an experiment's command, with a fault in one of its processes.
+
+    python -m tests.experiments.faulty_run COMMAND PROCESS FAULTY_PROCESS FAULT STEP [ARGUMENTS ...]
+
+The fault befalls the process of that number after so many steps of training.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments import mnist_experiment
+
+
+def fail() -> None:
+    raise RuntimeError("a defect that nobody expected")
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "raise": fail,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    # Long enough for a test to do something to the run meanwhile.
+    "sleep": lambda: time.sleep(3),
+}
+
+
+def main() -> None:
+    command, number, faulty, fault, step, *arguments = sys.argv[1:]
+    advance = mnist_experiment.Experiment.advance
+
+    def faulty_advance(
+        self: Any, states: Any, first: int, num_steps: int
+    ) -> tuple[Any, Any]:
+        if first == int(step) and number == faulty:
+            print(f"fault at step {first}", flush=True)
+            FAULTS[fault]()
+        return advance(self, states, first, num_steps)
+
+    mnist_experiment.Experiment.advance = faulty_advance  # type: ignore[method-assign]
+    sys.argv = [command, *arguments]
+    runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
