@@ -1,56 +1,101 @@
 """Checkpoints: written whole or not at all, and checked when they are read."""
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments import provenance
+from experiments.agreement import as_first_process, first_message
+from experiments.metrics import finite
+from experiments.stored_checkpoint import (
+    ARRAY_ITEMS,
+    METADATA_ITEM,
+    CheckpointError,
+    DamagedError,
+    Metadata,
+    best_step,
+    cause_of,
+    encode,
+    listing,
+    mismatches,
+    named_leaves,
+    read_arrays,
+    read_metadata,
+    record_of,
+    stored_steps,
+)
 from experiments.training import TrainState
-from experiments.workdir import WorkdirError
 
-# What a checkpoint holds apart, so that each can be restored without the others.
-ARRAY_ITEMS = TrainState._fields
-
-
-class CheckpointError(WorkdirError):
-    """A checkpoint cannot be read or written."""
+NEWEST = 2  # kept, beside the best: one while the other is being written
+_DAMAGED = "damaged: "  # what a message between processes starts with
 
 
 class Checkpoints:
     """The checkpoints of one run, in one folder, one subfolder a step.
 
-    Orbax writes them in the background and keeps the newest. Beside the arrays lies a
-    checksum of each: Orbax does not notice a flipped bit.
+    Orbax writes them in the background; the newest and the best are kept. Beside the
+    arrays lies a checksum of each: Orbax does not notice a flipped bit. In a run of
+    several processes all make the same calls, and see the same folder.
     """
 
-    def __init__(self, directory: Path, max_to_keep: int = 2) -> None:
-        """Opens the folder, which need not exist yet."""
-        self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep),
-        )
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Names the folder, which the first save makes.
 
-    def save(self, step: int, states: Mapping[str, TrainState]) -> None:
+        Args:
+          directory: of these checkpoints alone.
+          config: of the run; JSON values, which every checkpoint will hold.
+        """
+        self._directory = directory.absolute()
+        self._config = dict(config or {})
+        self._scores: dict[int, float | None] = {}
+        self._opened = contextlib.ExitStack()
+
+    def save(
+        self,
+        step: int,
+        states: Mapping[str, TrainState],
+        score: float | None = None,
+    ) -> None:
         """Starts saving; the arrays may be overwritten as soon as this returns.
 
         Args:
           step: steps done.
-          states: a state a network.
+          states: a state a network; on all processes the same.
+          score: of the best, the highest, is kept. None or NaN if there is none.
+
+        Raises:
+          CheckpointError: this or the save before failed, or there is a checkpoint of
+            this step or a later one.
         """
         items = _split(states)
-        metadata = {"step": step, "checksums": _checksums(items)}
+        score = None if score is None else finite(float(score))
+        metadata = Metadata(
+            step=step,
+            score=score,
+            config=self._config,
+            provenance=provenance.describe(),
+            arrays={
+                name: record_of(_on_host(name, leaf))
+                for name, leaf in named_leaves(items).items()
+            },
+        )
         arrays = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         with self._writing():
-            saved = self._manager.save(
+            manager = self._manager
+            self._scores[step] = score
+            saved = manager.save(
                 step,
-                args=ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **arrays),
+                args=ocp.args.Composite(
+                    **{METADATA_ITEM: ocp.args.JsonSave(encode(metadata))}, **arrays
+                ),
             )
         if not saved:
             raise CheckpointError(
@@ -61,36 +106,32 @@ class Checkpoints:
     def restore_newest(
         self, like: Mapping[str, TrainState]
     ) -> tuple[int, dict[str, TrainState]] | None:
-        """Restores the newest checkpoint, or returns None if there is none.
+        """Restores the newest sound checkpoint, as the function of this name does.
 
-        Args:
-          like: states of the same structure, shapes and placement on devices.
-
-        Returns:
-          The number of steps done and the states.
-
-        Raises:
-          CheckpointError: the newest checkpoint is damaged or of another network.
+        Damaged ones that are newer are renamed, so that their steps can be saved again.
+        To be called before the first save.
         """
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            return None
-        step = steps[-1]
-        try:
-            return step, self._restore(step, like)
-        # Orbax and what it builds on raise whatever the damage happens to break.
-        except Exception as error:
-            before = f"step {steps[-2]}" if len(steps) > 1 else "the start"
-            raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} is damaged, or of another "
-                f"network ({_cause(error)}); move or delete that folder to go on from "
-                f"{before}."
-            ) from error
+        return restore_newest(self._directory, like, set_aside=True)
 
     def close(self) -> None:
         """Waits, and releases the folder."""
         with self._writing():
-            self._manager.close()
+            self._opened.close()
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        # Made late: what is restored, set aside or only looked at comes before.
+        self._scores = {
+            step: _score(self._directory / str(step))
+            for step in stored_steps(self._directory)
+        }
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(self._scores),
+            cleanup_tmp_directories=True,  # of killed runs
+        )
+        manager = ocp.CheckpointManager(self._directory, options=options)
+        self._opened.callback(manager.close)
+        return manager
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -99,41 +140,123 @@ class Checkpoints:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"cannot write a checkpoint to {self._directory} ({_cause(error)}); "
+                f"cannot write a checkpoint to {self._directory} ({cause_of(error)}); "
                 "after a remedy the same command goes on from the one before."
             ) from error
 
-    def _restore(
-        self, step: int, like: Mapping[str, TrainState]
-    ) -> dict[str, TrainState]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _split(like))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                metadata=ocp.args.JsonRestore(),
-                **{
-                    name: ocp.args.StandardRestore(abstract[name])
-                    for name in ARRAY_ITEMS
-                },
-            ),
+
+class _NewestAndBest:
+    """Which checkpoints to keep.
+
+    Orbax's own policies lose the scores, and so the best, when a run is restarted.
+    """
+
+    def __init__(self, scores: Mapping[int, float | None]) -> None:
+        self._scores = scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: object
+    ) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = best_step({step: self._scores.get(step) for step in steps})
+        kept = {*steps[-NEWEST:], best}
+        return [step in kept for step in steps]
+
+
+def restore_newest(
+    directory: Path, like: Mapping[str, TrainState], *, set_aside: bool = False
+) -> tuple[int, dict[str, TrainState]] | None:
+    """Restores the newest sound checkpoint, or returns None if there is none at all.
+
+    Says on one line which damaged ones it passes over. Processes agree: a checkpoint is
+    sound if all of them have found it so. Each reads it whole into host memory.
+
+    Args:
+      directory: of one run's checkpoints; need not exist.
+      like: states of the same structure and shapes, placed on devices as the restored
+        ones are to be. Their number may differ from that of the run that saved.
+      set_aside: rename those passed over, from STEP to STEP.damaged.
+
+    Returns:
+      The number of steps done and the states.
+
+    Raises:
+      CheckpointError: no checkpoint is sound, or one is of another network.
+    """
+    items = _split(like)
+    targets = named_leaves(items)
+    damaged: dict[Path, str] = {}
+    for step in reversed(as_first_process(stored_steps(directory))):
+        folder = directory.absolute() / str(step)
+        arrays, problem = _try_to_read(folder, targets)
+        problem = first_message(problem)
+        if not problem:
+            _report(damaged, set_aside)
+            leaves = [_place(arrays[name], leaf) for name, leaf in targets.items()]
+            restored = jax.tree.unflatten(jax.tree.structure(items), leaves)
+            return step, {
+                name: TrainState(*(restored[item][name] for item in ARRAY_ITEMS))
+                for name in like
+            }
+        if not problem.startswith(_DAMAGED):
+            raise CheckpointError(problem)
+        damaged[folder] = problem.removeprefix(_DAMAGED)
+    if damaged:
+        reasons = [f"{folder.name} ({reason})" for folder, reason in damaged.items()]
+        raise CheckpointError(
+            f"no checkpoint in {directory} is sound: {listing(reasons, 3)}; restore "
+            "one, or move that folder away to start anew."
         )
-        items = {name: restored[name] for name in ARRAY_ITEMS}
-        expected = restored["metadata"]["checksums"]
-        found = _checksums(items)
-        wrong = sorted(
-            path
-            for path in expected.keys() | found.keys()
-            if expected.get(path) != found.get(path)
-        )
-        if wrong:
+    return None
+
+
+def _try_to_read(
+    folder: Path, targets: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], str]:
+    """A checkpoint's arrays, and what is wrong with it; one of both is empty."""
+    try:
+        if not folder.is_dir():
             raise CheckpointError(
-                f"{len(wrong)} of {len(expected)} arrays differ from their checksums, "
-                f"the first is {wrong[0]}"
+                f"process {jax.process_index()} does not see {folder}: all processes "
+                "need the same workdir, on a file system that they share."
             )
-        return {
-            name: TrainState(**{item: items[item][name] for item in ARRAY_ITEMS})
-            for name in like
-        }
+        metadata = read_metadata(folder)
+        if lines := mismatches(metadata.arrays, targets):
+            raise CheckpointError(
+                f"checkpoint {folder} is of another network: {listing(lines)}. Give "
+                "the configuration that it was trained with, or another workdir."
+            )
+        return read_arrays(folder, metadata), ""
+    except DamagedError as error:
+        return {}, f"{_DAMAGED}{error}"
+    except CheckpointError as error:
+        return {}, str(error)
+
+
+def _report(damaged: Mapping[Path, str], set_aside: bool) -> None:
+    """Says what is passed over; the first process renames for all."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            for folder, reason in damaged.items():
+                aside = _free_name(folder)
+                kept = f", is now {aside.name}," if set_aside else ""
+                if set_aside:
+                    folder.rename(aside)
+                print(f"Checkpoint {folder} is damaged ({reason}){kept} and left out.")
+        except OSError as error:
+            problem = f"cannot rename a damaged checkpoint: {error}."
+    if problem := first_message(problem):
+        raise CheckpointError(problem)
+
+
+def _free_name(folder: Path) -> Path:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    count = 1
+    while aside.exists():
+        count += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{count}")
+    return aside
 
 
 def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:
@@ -143,18 +266,27 @@ def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _score(folder: Path) -> float | None:
+    try:
+        return read_metadata(folder).score
+    except CheckpointError:
+        return None
 
 
-def _checksums(items: Mapping[str, Any]) -> dict[str, str]:
-    """CRC-32C of every array, with its dtype and shape, by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(items))
-    return {
-        jax.tree_util.keystr(path): _checksum(np.asarray(leaf)) for path, leaf in leaves
-    }
+def _on_host(name: str, leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    ):
+        raise CheckpointError(
+            f"{name} is divided over processes ({leaf.sharding}): expected arrays that "
+            "every process has the whole of; replicate it before it is saved."
+        )
+    return np.asarray(leaf)
 
 
-def _checksum(array: np.ndarray) -> str:
-    crc = google_crc32c.value(array.tobytes())
-    return json.dumps([str(array.dtype), list(array.shape), f"{crc:08x}"])
+def _place(array: np.ndarray, like: Any) -> Any:
+    if not isinstance(like, jax.Array):
+        return array
+    return jax.make_array_from_callback(
+        array.shape, like.sharding, lambda index: array[index]
+    )

@@ -1,6 +1,5 @@
 """A whole run of the command, with the paper's layers, killed and resumed."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import time
 
 import pytest
 
+from experiments.stored_checkpoint import ArrayRecord, read_metadata
 from tests.experiments.helpers import REPOSITORY, command_environment
 
 pytestmark = pytest.mark.slow
@@ -39,10 +39,9 @@ def finish(workdir, environment) -> str:
     return output.decode()
 
 
-def checksums(workdir, folder) -> dict[str, str]:
+def checksums(workdir, folder) -> dict[str, ArrayRecord]:
     """CRC-32C, dtype and shape of every array of the last checkpoint."""
-    path = workdir / folder / "16" / "metadata" / "metadata"
-    return json.loads(path.read_text())["checksums"]
+    return read_metadata(workdir / folder / "16").arrays
 
 
 def test_killed_in_mid_run_it_ends_with_the_same_bits(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.stored_checkpoint import ArrayRecord, read_metadata
 from tests.experiments.helpers import (
     REPOSITORY,
     command_environment,
@@ -43,10 +44,9 @@ def finish(workdir: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def final_checksums(workdir: Path) -> dict[str, str]:
+def final_checksums(workdir: Path) -> dict[str, ArrayRecord]:
     """CRC-32C, dtype and shape of every array of the last checkpoint."""
-    path = workdir / "checkpoints" / "3000" / "metadata" / "metadata"
-    return json.loads(path.read_text())["checksums"]
+    return read_metadata(workdir / "checkpoints" / "3000").arrays
 
 
 def assert_same_results(workdir: Path, expected: Path) -> None:

@@ -1,12 +1,11 @@
 """Runs that stop anywhere, and workdirs that were damaged in between."""
 
-import contextlib
 import shutil
 
 import pytest
 
 from experiments import mnist_training
-from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.checkpoints import CheckpointError, restore_newest
 from experiments.mnist_training import run
 from experiments.workdir import WorkdirError
 from tests.experiments.helpers import (
@@ -57,8 +56,7 @@ def stop_run(monkeypatch, workdir, calls: int) -> None:
 
 def final_states(workdir):
     experiment = mnist_training.Experiment(CONFIG, make_image_set())
-    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        return checkpoints.restore_newest(experiment.initial_states())
+    return restore_newest(workdir / "checkpoints", experiment.initial_states())
 
 
 def assert_same_results(workdir, finished) -> None:
@@ -117,18 +115,31 @@ def test_rows_after_the_checkpoint_and_a_half_line_are_dropped(
 
 
 @pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
-def test_damaged_checkpoint_is_an_error_and_the_rest_stays(copied, finished):
+def test_from_a_damaged_checkpoint_it_goes_on_with_the_one_before(
+    copied, finished, capsys
+):
     (copied / "summary.json").unlink()
     newest = copied / "checkpoints" / "40"
     for path in (newest / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-20])
+    damaged = read_files(newest)
+    run(CONFIG, copied, None)
+    out = capsys.readouterr().out
+    assert f"Checkpoint {newest} is damaged (params cannot be read: " in out
+    assert f"Going on from the checkpoint of step 30 in {copied}" in out
+    assert_same_results(copied, finished)
+    assert read_files(copied / "checkpoints" / "40.damaged") == damaged
+
+
+@pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
+def test_without_a_sound_checkpoint_it_stops_and_everything_stays(copied):
+    (copied / "summary.json").unlink()
+    for step in "30", "40":
+        shutil.rmtree(copied / "checkpoints" / step / "params")
     before = read_files(copied)
-    with pytest.raises(CheckpointError, match=f"{newest} .* go on from step 30"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound: 40 "):
         run(CONFIG, copied, None)
     assert read_files(copied) == before
-    shutil.rmtree(newest)
-    run(CONFIG, copied, None)
-    assert_same_results(copied, finished)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "percentiles.jsonl"])

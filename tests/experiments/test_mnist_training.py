@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 
@@ -8,7 +7,7 @@ import PIL.Image
 import pytest
 
 from experiments import evaluation, mnist_training
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import restore_newest
 from experiments.configuration import ConfigError
 from experiments.data.batches import batch_indices
 from experiments.metrics import read_rows
@@ -82,8 +81,7 @@ def test_summary_agrees_with_the_rows(finished):
 
 def test_percentiles_are_those_of_the_probed_examples(finished):
     experiment = mnist_training.Experiment(CONFIG, make_image_set())
-    with contextlib.closing(Checkpoints(finished / "checkpoints")) as checkpoints:
-        _, states = checkpoints.restore_newest(experiment.initial_states())
+    _, states = restore_newest(finished / "checkpoints", experiment.initial_states())
     inputs = evaluation.sigmoid_inputs(
         experiment.models, 1.0, states, experiment._probe
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import inception_training
-from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.checkpoints import CheckpointError, Checkpoints, restore_newest
 from experiments.configuration import ConfigError
 from experiments.data.errors import DataError
 from experiments.inception_experiment import Experiment
@@ -62,8 +62,7 @@ def load(*folders: Path, statistics: str = POPULATION) -> list[Network]:
 def restore(network: Network, folder: Path) -> tuple[int, object]:
     """The newest state in a folder, by way of a state that was really made."""
     state = make_initial_state(network.experiment)
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        step, states = checkpoints.restore_newest({NETWORK: state})
+    step, states = restore_newest(folder, {NETWORK: state})
     return step, states[NETWORK]
 
 
@@ -267,7 +266,7 @@ def test_a_damaged_state_is_named(bn):
         if path.is_file() and path.stat().st_size > 100:
             path.write_bytes(path.read_bytes()[:50])
     message = error_of(CheckpointError, bn)
-    assert message.startswith(f"checkpoint {bn / POPULATION / '4'} is damaged")
+    assert message.startswith(f"no checkpoint in {bn / POPULATION} is sound: 4 (")
     assert load(bn, statistics=MOVING_AVERAGE)
 
 

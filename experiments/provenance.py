@@ -1,0 +1,47 @@
+"""Which code, on which devices: what a later reader of a checkpoint asks."""
+
+import functools
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import bn_jax
+
+
+def describe() -> dict[str, Any]:
+    """Versions, git revision and devices of this process's run, as JSON values."""
+    return {
+        "bn_jax": bn_jax.__version__,
+        "jax": jax.__version__,
+        "git_revision": git_revision(Path(__file__)),
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+@functools.cache
+def git_revision(file: Path) -> str | None:
+    """The commit that a file is of, with "-dirty" where the working tree differs.
+
+    Returns:
+      None if git does not track the file, as in an installed package: a repository
+      around it would be another one.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(file.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
