@@ -9,6 +9,7 @@ import numpy as np
 
 from bn_jax.layout import Layout
 from bn_jax.params import BatchNormParams
+from bn_jax.population import PopulationMoments
 from bn_jax.statistics import BatchStats
 
 ACTIVATIONS = (None, "relu")
@@ -52,8 +53,18 @@ def check_activation(activation: str | None) -> None:
         )
 
 
-def check_types(params: BatchNormParams, stats: BatchStats) -> None:
-    """Parameters and statistics are there and are what they should be."""
+def check_types(
+    params: BatchNormParams,
+    stats: BatchStats | PopulationMoments,
+    gathering: bool = False,
+) -> None:
+    """Parameters and statistics are there and are what they should be.
+
+    Args:
+      params: scale and bias.
+      stats: of inference, or such as gather batches.
+      gathering: the latter are welcome.
+    """
     if not (isinstance(params, tuple) and hasattr(params, "scale")):
         raise TypeError(
             "params must be BatchNormParams(scale, bias), got "
@@ -70,11 +81,16 @@ def check_types(params: BatchNormParams, stats: BatchStats) -> None:
             f"stats must be BatchStats(mean, var), got {type(stats).__name__}; make "
             "them with init_stats(num_features)."
         )
+    if isinstance(stats, PopulationMoments) and not gathering:
+        raise TypeError(
+            "stats are PopulationMoments, which only training adds batches to; for "
+            "inference make BatchStats of them with finalize_population(stats)."
+        )
 
 
 def check_features(
     params: BatchNormParams,
-    stats: BatchStats,
+    stats: BatchStats | PopulationMoments,
     feature_shape: tuple[int, ...],
     source: str,
 ) -> None:
@@ -96,7 +112,7 @@ def check_features(
             )
 
 
-def check_precision(stats: BatchStats) -> None:
+def check_precision(stats: BatchStats | PopulationMoments) -> None:
     """Statistics can take small steps."""
     for name, value in stats._asdict().items():
         if jnp.finfo(value.dtype).bits < 32:

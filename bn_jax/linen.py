@@ -1,23 +1,28 @@
 """Batch normalisation as a Flax linen module: variables and defaults, no arithmetic."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.collectives import AxisIndexGroups, AxisName
+from bn_jax.collectives import AxisName
+from bn_jax.drop_in import apply_module
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
+from bn_jax.population import POPULATION
 from bn_jax.statistics import BatchStats
-from bn_jax.transform import batch_norm
 
 
-class BatchNorm(nn.Module):
-    """`bn_jax.batch_norm` with its parameters and statistics as Flax variables.
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` computed by `bn_jax.batch_norm`.
 
-    Variables are named as `flax.linen.BatchNorm` names them: `scale` and `bias` in
-    the collection `params`, `mean` and `var` in `batch_stats`; all (features), float32.
+    It is that class's constructor with that class's defaults, and the same variables:
+    `scale` and `bias` in the collection `params`, `mean` and `var` in `batch_stats`. So
+    a model changes one import, and variables restore in both directions.
+    docs/flax_modules.md lists what differs on purpose. The first of these is that the
+    running variance is unbiased.
 
     Attributes:
       use_running_average: normalise by the statistics (inference) rather than by the
@@ -25,6 +30,9 @@ class BatchNorm(nn.Module):
       axis: the feature axis or axes.
       momentum: the statistics' decay: new = momentum * old + (1 - momentum) * batch.
       epsilon: added to the variance.
+      dtype: of the output; None for what the input and the parameters promote to. With
+        bfloat16 input, dtype=jnp.bfloat16 halves what is kept for the gradient.
+      param_dtype: of scale and bias.
       use_bias: learn a bias (beta).
       use_scale: learn a scale (gamma).
       bias_init: initialises the bias.
@@ -32,22 +40,22 @@ class BatchNorm(nn.Module):
       axis_name: mapped axis or axes to share moments over. Ignored in `init`, which
         runs outside the map.
       axis_index_groups: groups along that axis that share among themselves only.
+      use_fast_variance: of no effect: the variance is always the stable one.
+      force_float32_reductions: False keeps the statistics in `param_dtype`. Sums are
+        float32 all the same.
       activation: None, or "relu" fused into the transform.
-      unbiased: unbiased running variance, as the paper's Algorithm 2 has it.
+      unbiased: unbiased running variance, as the paper's Algorithm 2 has it. False for
+        Flax's.
+      frozen: normalise by the statistics in training, too, and leave them as they are;
+        scale and bias still learn.
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros
-    scale_init: nn.initializers.Initializer = nn.initializers.ones
-    axis_name: AxisName | None = None
-    axis_index_groups: AxisIndexGroups | None = None
+    # Wider than Flax has them.
+    axis: int | Sequence[int] = -1  # type: ignore[assignment]
+    axis_name: AxisName | None = None  # type: ignore[assignment]
     activation: str | None = None
     unbiased: bool = True
+    frozen: bool = False
 
     @nn.compact
     def __call__(
@@ -55,56 +63,77 @@ class BatchNorm(nn.Module):
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
+        mask: jax.Array | None = None,
         weights: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises x, and in training updates the collection `batch_stats`.
 
         Args:
-          x: any rank, floating point.
+          x: any rank, real.
           use_running_average: as the attribute of that name; give one of the two.
-          weights: 0 for padding, or example weights; see `bn_jax.batch_norm`.
+          mask: True for values that count, False for padding; broadcastable to x.
+          weights: 0 for padding, or example weights, instead of a mask; see
+            `bn_jax.batch_norm`.
 
         Returns:
-          The normalised input, of x's shape and dtype.
+          The normalised input, of x's shape; 0 where mask or weights are 0.
 
         Raises:
           ValueError: `use_running_average` is missing or given twice, the variables
-            hold parameters but no statistics, or an argument of `bn_jax.batch_norm` is
-            bad.
+            hold no statistics, or an argument is bad.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        features = make_layout(x.shape, self.axis).feature_shape
-        if not (self.is_initializing() or self.has_variable("batch_stats", "mean")):
-            raise ValueError(
-                f"the variables of {'/'.join(self.path) or 'BatchNorm'} hold no "
-                "batch_stats: they would start again at mean 0 and variance 1. Pass "
-                "{'params': ..., 'batch_stats': ...}, both from init or a checkpoint."
-            )
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        params = BatchNormParams(
-            self.param("scale", self.scale_init, features) if self.use_scale else None,
-            self.param("bias", self.bias_init, features) if self.use_bias else None,
-        )
-        if self.is_initializing():
-            # Shapes are all that init needs, and it may run on a single example.
-            return x
-        y, stats = batch_norm(
-            params,
-            BatchStats(mean.value, var.value),
+        train = not (use_running_average or self.frozen)
+        initialising = self.is_initializing()
+        features = make_layout(jnp.shape(x), self.axis).feature_shape
+        if not initialising:
+            self._check_statistics()
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
+        stats: Any = BatchStats(mean.value, var.value)
+        population: Any = None
+        if train and self.has_variable("batch_stats", POPULATION):
+            population = self.variable("batch_stats", POPULATION)
+            stats = population.value
+
+        def parameter(name: str, init: nn.initializers.Initializer) -> jax.Array:
+            return self.param(name, init, features, self.param_dtype)
+
+        y, stats = apply_module(
+            BatchNormParams(
+                parameter("scale", self.scale_init) if self.use_scale else None,
+                parameter("bias", self.bias_init) if self.use_bias else None,
+            ),
+            stats,
             x,
-            train=not use_running_average,
+            train=train,
+            dtype=self.dtype,
+            mask=mask,
+            weights=weights,
+            initialising=initialising,
             axis=self.axis,
             decay=self.momentum,
             eps=self.epsilon,
-            weights=weights,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             activation=self.activation,
             unbiased=self.unbiased,
         )
-        if not use_running_average:
+        if population is not None:
+            population.value = stats
+        elif train and not initialising:
             mean.value, var.value = stats
         return y
+
+    def _check_statistics(self) -> None:
+        for name in ("mean", "var"):
+            if not self.has_variable("batch_stats", name):
+                raise ValueError(
+                    f"the variables of {'/'.join(self.path) or 'BatchNorm'} hold no "
+                    f"{name} in batch_stats: it would start again at its initial "
+                    "value. Pass {'params': ..., 'batch_stats': ...}, both from init "
+                    "or a checkpoint."
+                )

@@ -19,6 +19,7 @@ from bn_jax.moments import (
     statistics_dtype,
 )
 from bn_jax.params import BatchNormParams
+from bn_jax.population import PopulationMoments, Statistics, update_population
 from bn_jax.statistics import BatchStats, update_stats
 
 # The name that policies of `jax.checkpoint` know the batch's moments by. Saving them
@@ -28,7 +29,7 @@ MOMENTS_NAME = "batch_norm_moments"
 
 def batch_norm(
     params: BatchNormParams,
-    stats: BatchStats,
+    stats: Statistics,
     x: jax.Array,
     *,
     train: bool,
@@ -40,7 +41,7 @@ def batch_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     activation: str | None = None,
     unbiased: bool = True,
-) -> tuple[jax.Array, BatchStats]:
+) -> tuple[jax.Array, Statistics]:
     """Normalises each feature to mean 0 and variance 1, then scales and shifts it.
 
     Training (Algorithm 1) normalises by the moments of the batch and moves the
@@ -62,7 +63,8 @@ def batch_norm(
 
     Args:
       params: scale and bias, (features) each; None for either leaves it out.
-      stats: mean and variance, (features) each, float32 or float64.
+      stats: mean and variance, (features) each, float32 or float64. In training also
+        `PopulationMoments`, which gather batches for Algorithm 2 and do not decay.
       x: any rank; float16, bfloat16, float32 or float64.
       train: normalise by the batch (True) or by the statistics (False).
       axis: the feature axis or axes, every other axis is averaged over: -1 for dense
@@ -99,7 +101,7 @@ def batch_norm(
     x = jnp.asarray(x)
     layout = make_layout(x.shape, axis)
     weights = check_weights(x, weights)
-    arguments.check_types(params, stats)
+    arguments.check_types(params, stats, gathering=train)
     source = f"x of shape {x.shape} along its feature axes {layout.feature_axes}"
     arguments.check_features(params, stats, layout.feature_shape, source)
     groups = collectives.check_groups(axis_name, axis_index_groups)
@@ -113,6 +115,8 @@ def batch_norm(
     arguments.check_num_values(x, layout, num_devices)
     options = _Options(layout, float(eps), activation, axis_name, groups)
     y, batch = _normalise_by_batch(options, params, x, weights)
+    if isinstance(stats, PopulationMoments):
+        return y, update_population(stats, batch)
     return y, update_stats(stats, batch, decay=decay, unbiased=unbiased)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-# Called with axis, name and, for ReLU, activation.
+# Called with axis, dtype, name and, for ReLU, activation.
 Norm = Callable[..., nn.Module]
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -65,7 +65,10 @@ class Convolution(nn.Module):
         if self.norm is None:
             return nonlinearity(x)
         norm = functools.partial(
-            self.norm, axis=(1, 2, 3) if self.per_activation else -1, name="norm"
+            self.norm,
+            axis=(1, 2, 3) if self.per_activation else -1,
+            dtype=self.dtype,
+            name="norm",
         )
         if self.activation == "relu":
             return norm(activation="relu")(x)

@@ -1,0 +1,208 @@
+"""Batch normalisation as a Flax nnx module: variables and defaults, no arithmetic."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bn_jax.drop_in import apply_module
+from bn_jax.params import BatchNormParams
+from bn_jax.population import (
+    POPULATION,
+    check_seen,
+    finish_population,
+    start_population,
+)
+from bn_jax.statistics import BatchStats
+
+Values = tuple[Any, ...]
+
+
+def keep_dtypes(values: Values, *, dtype: Any = None) -> Values:
+    """Leaves input, statistics and parameters as they are: the core promotes."""
+    del dtype
+    return values
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm` computed by `bn_jax.batch_norm`.
+
+    Its variables are that class's: `scale` and `bias` are `nnx.Param`, `mean` and `var`
+    are `nnx.BatchStat`. So a model changes one import, and states restore in both
+    directions. docs/flax_modules.md lists what differs on purpose. The first of these
+    is that the running variance is unbiased.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        activation: str | None = None,
+        unbiased: bool = True,
+        frozen: bool = False,
+        promote_dtype: Any = keep_dtypes,
+        **arguments: Any,
+    ) -> None:
+        """Makes the variables.
+
+        Args:
+          num_features: size of the feature axis.
+          activation: None, or "relu" fused into the transform.
+          unbiased: unbiased running variance, as the paper's Algorithm 2 has it. False
+            for Flax's.
+          frozen: normalise by the statistics in training, too, and leave them as they
+            are; scale and bias still learn.
+          promote_dtype: as in Flax, but by default no value loses precision before it
+            is used. Flax's own default rounds statistics and parameters to `dtype`.
+          **arguments: those of `flax.nnx.BatchNorm`, with its defaults:
+            use_running_average, axis, momentum, epsilon, dtype, param_dtype, use_bias,
+            use_scale, bias_init, scale_init, axis_name, axis_index_groups,
+            use_fast_variance (of no effect: the variance is always the stable one),
+            rngs, bias_metadata and scale_metadata.
+        """
+        super().__init__(num_features, promote_dtype=promote_dtype, **arguments)
+        self.activation = activation
+        self.unbiased = unbiased
+        self.frozen = frozen
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalises x, and in training updates the statistics.
+
+        Args:
+          x: any rank, real.
+          use_running_average: as the attribute of that name, before which it goes.
+          mask: True for values that count, False for padding; broadcastable to x.
+          weights: 0 for padding, or example weights, instead of a mask; see
+            `bn_jax.batch_norm`.
+
+        Returns:
+          The normalised input, of x's shape; 0 where mask or weights are 0.
+
+        Raises:
+          ValueError: `use_running_average` is not given anywhere, the module holds no
+            statistics, or an argument is bad.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is given neither to BatchNorm nor to its call; "
+                "pass False to train, True for inference, or use model.train() and "
+                "model.eval()."
+            )
+        train = not (use_running_average or self.frozen)
+        stored = self.statistics()
+        params = BatchNormParams(
+            *(
+                None if variable is None else variable[...]
+                for variable in (self.scale, self.bias)
+            )
+        )
+        promoted = self.promote_dtype((x, *stored, *params), dtype=self.dtype)
+        x, mean, var, scale, bias = promoted
+        # Flax, too, promotes the statistics for inference alone.
+        stats: Any = stored if train else BatchStats(mean, var)
+        population = getattr(self, POPULATION, None) if train else None
+        if population is not None:
+            stats = population.get_value()
+        y, stats = apply_module(
+            BatchNormParams(scale, bias),
+            stats,
+            x,
+            train=train,
+            dtype=self.dtype,
+            mask=mask,
+            weights=weights,
+            axis=self.axis,
+            decay=self.momentum,
+            eps=self.epsilon,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            activation=self.activation,
+            unbiased=self.unbiased,
+        )
+        if population is not None:
+            population.set_value(stats)
+        elif train:
+            self.mean[...], self.var[...] = stats
+        return y
+
+    def statistics(self) -> BatchStats:
+        """The running statistics.
+
+        Raises:
+          ValueError: they have no values.
+        """
+        stats = BatchStats(self.mean.get_value(), self.var.get_value())
+        for name, value in stats._asdict().items():
+            if isinstance(value, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"the statistic {name} of a BatchNorm has a shape and no value; "
+                    "restore nnx.BatchStat together with nnx.Param, both from a "
+                    "trained model or a checkpoint."
+                )
+        return stats
+
+
+def population_statistics(
+    run: Callable[[Any, Any], Any],
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    pooled: bool = False,
+    keep_unseen: bool = False,
+) -> None:
+    """Re-estimates a model's statistics over batches, in place (Algorithm 2).
+
+    As `bn_jax.population_statistics`, for the layers of this module in a model, whose
+    other variables `run` leaves alone.
+
+    Args:
+      run: called as run(model, batch) for each batch, for example a compiled
+        nnx.jit(lambda model, x: model(x)). What it returns is dropped.
+      model: in training mode, see `model.train()`.
+      batches: what `run` takes; of any sizes.
+      pooled: as if all batches were one; see `bn_jax.finalize_population`.
+      keep_unseen: leave the statistics of layers that saw no batch as they are.
+
+    Raises:
+      ValueError: the model has no such layer, or layers saw no batch and keep_unseen is
+        False.
+    """
+    layers = {
+        "/".join(map(str, path)) or "the layer": module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNorm)
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer of bn_jax.nnx.BatchNorm; use it in "
+            "the place of flax.nnx.BatchNorm."
+        )
+    old = {name: layer.statistics() for name, layer in layers.items()}
+    try:
+        for name, empty in start_population(old).items():
+            setattr(layers[name], POPULATION, nnx.BatchStat(empty))
+        for batch in batches:
+            run(model, batch)
+        gathered = {
+            name: getattr(layer, POPULATION).get_value()
+            for name, layer in layers.items()
+        }
+    finally:
+        for layer in layers.values():
+            if hasattr(layer, POPULATION):
+                delattr(layer, POPULATION)
+    if not keep_unseen:
+        check_seen(gathered)
+    new = finish_population(gathered, old, pooled=pooled)
+    for name, layer in layers.items():
+        layer.mean[...], layer.var[...] = new[name]

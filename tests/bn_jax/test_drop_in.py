@@ -1,0 +1,113 @@
+"""Dtypes, masks and promotion: as Flax has them, on the same input."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_jax.linen import BatchNorm
+from tests.bn_jax.reference import lenient
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(3, 2, (6, 4, 5)).astype(np.float32)
+VARIABLES = {
+    "params": {
+        "scale": np.linspace(0.5, 2, 5, dtype=np.float32),
+        "bias": np.linspace(-1, 1, 5, dtype=np.float32),
+    },
+    "batch_stats": {
+        "mean": np.linspace(2, 4, 5, dtype=np.float32),
+        "var": np.linspace(3, 5, 5, dtype=np.float32),
+    },
+}
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def apply(kind, x, train=True, mask=None, weights=None, **options):
+    given = {"mask": mask, "weights": weights}
+    return kind(use_running_average=not train, **options).apply(
+        VARIABLES,
+        x,
+        mutable=["batch_stats"],
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+@pytest.mark.parametrize("input_dtype", [*DTYPES, jnp.int32])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("train", [True, False])
+def test_dtypes_are_flaxs(input_dtype, dtype, train):
+    x = jnp.asarray(X, input_dtype)
+    found, updated = apply(BatchNorm, x, train, dtype=dtype, unbiased=False)
+    with lenient():
+        expected, flax_updated = apply(
+            nn.BatchNorm, x, train, dtype=dtype, use_fast_variance=False
+        )
+    assert found.dtype == expected.dtype
+    tolerance = 4 * float(jnp.finfo(found.dtype).eps)
+    np.testing.assert_allclose(
+        np.float32(found), np.float32(expected), rtol=tolerance, atol=4 * tolerance
+    )
+    for name, values in flax_updated["batch_stats"].items():
+        assert updated["batch_stats"][name].dtype == values.dtype == jnp.float32
+        np.testing.assert_allclose(updated["batch_stats"][name], values, rtol=1e-5)
+
+
+def test_statistics_are_of_input_that_was_not_rounded():
+    # In bfloat16 these values are all 256.
+    x = (256 + 0.1 * RANDOM.normal(size=(64, 5))).astype(np.float32)
+    y, updated = apply(BatchNorm, x, dtype=jnp.bfloat16, momentum=0.0)
+    var = np.var(np.float64(x), axis=0, ddof=1)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], var, rtol=1e-3)
+    bias = VARIABLES["params"]["bias"]
+    np.testing.assert_allclose(np.float32(y).mean(0), bias, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 1), (6, 1, 1), (4, 1), (6, 4, 5), (1, 1)])
+def test_masks_broadcast_as_in_numpy(shape):
+    mask = RANDOM.integers(0, 2, shape).astype(bool)
+    mask.flat[0] = True
+    found, updated = apply(BatchNorm, X, mask=mask)
+    full = np.broadcast_to(mask, X.shape).astype(np.float32)
+    expected, weighted = apply(BatchNorm, X, weights=full)
+    np.testing.assert_array_equal(found, expected)
+    assert np.all(np.where(full, 0, found) == 0)
+    for name, values in weighted["batch_stats"].items():
+        np.testing.assert_array_equal(updated["batch_stats"][name], values)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_masks_of_numbers_are_true_where_not_0(dtype):
+    mask = RANDOM.integers(0, 2, (6, 4, 1))
+    found, _ = apply(BatchNorm, X, mask=(3 * mask).astype(dtype))
+    np.testing.assert_array_equal(found, apply(BatchNorm, X, mask=mask == 1)[0])
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 1, 1), (1, 6, 4, 5)])
+def test_masks_that_do_not_broadcast_say_so(shape):
+    with pytest.raises(ValueError, match=r"does not broadcast .* \(6, 1, 1\)"):
+        apply(BatchNorm, X, mask=np.ones(shape, bool))
+
+
+def test_a_mask_and_weights_exclude_each_other():
+    ones = np.ones((6, 1, 1), np.float32)
+    with pytest.raises(ValueError, match="mask and weights were both given"):
+        apply(BatchNorm, X, mask=ones, weights=ones)
+
+
+def test_the_output_is_floating_point():
+    with pytest.raises(ValueError, match="dtype must be floating point, got int32"):
+        apply(BatchNorm, X, dtype=jnp.int32)
+    with pytest.raises(TypeError, match="x must be floating point, got complex64"):
+        apply(BatchNorm, X.astype(np.complex64))
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_stays():
+    variables = jax.tree.map(np.float64, VARIABLES)
+    y, updated = BatchNorm(False, param_dtype=jnp.float64).apply(
+        variables, np.float64(X), mutable=["batch_stats"]
+    )
+    assert y.dtype == jnp.float64
+    assert updated["batch_stats"]["mean"].dtype == jnp.float64
