@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from experiments import provenance
 from experiments.agreement import as_first_process, first_message
 from experiments.metrics import finite
+from experiments.processes import TOLD, on_first, say
 from experiments.stored_checkpoint import (
     ARRAY_ITEMS,
     METADATA_ITEM,
@@ -191,7 +192,7 @@ def restore_newest(
         arrays, problem = _try_to_read(folder, targets)
         problem = first_message(problem)
         if not problem:
-            _report(damaged, set_aside)
+            on_first(lambda: _report(damaged, set_aside))
             leaves = [_place(arrays[name], leaf) for name, leaf in targets.items()]
             restored = jax.tree.unflatten(jax.tree.structure(items), leaves)
             return step, {
@@ -199,11 +200,11 @@ def restore_newest(
                 for name in like
             }
         if not problem.startswith(_DAMAGED):
-            raise CheckpointError(problem)
+            raise _agreed(problem)
         damaged[folder] = problem.removeprefix(_DAMAGED)
     if damaged:
         reasons = [f"{folder.name} ({reason})" for folder, reason in damaged.items()]
-        raise CheckpointError(
+        raise _agreed(
             f"no checkpoint in {directory} is sound: {listing(reasons, 3)}; restore "
             "one, or move that folder away to start anew."
         )
@@ -234,20 +235,26 @@ def _try_to_read(
 
 
 def _report(damaged: Mapping[Path, str], set_aside: bool) -> None:
-    """Says what is passed over; the first process renames for all."""
-    problem = ""
-    if jax.process_index() == 0:
-        try:
-            for folder, reason in damaged.items():
-                aside = _free_name(folder)
-                kept = f", is now {aside.name}," if set_aside else ""
-                if set_aside:
-                    folder.rename(aside)
-                print(f"Checkpoint {folder} is damaged ({reason}){kept} and left out.")
-        except OSError as error:
-            problem = f"cannot rename a damaged checkpoint: {error}."
-    if problem := first_message(problem):
-        raise CheckpointError(problem)
+    """Says what is passed over, and renames it if asked to."""
+    for folder, reason in damaged.items():
+        aside = _free_name(folder)
+        kept = f", is now {aside.name}," if set_aside else ""
+        if set_aside:
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged ({reason}), and cannot be renamed "
+                    f"({error.strerror}); move it away."
+                ) from None
+        say(f"Checkpoint {folder} is damaged ({reason}){kept} and left out.")
+
+
+def _agreed(message: str) -> CheckpointError:
+    """An error that all processes have come to."""
+    error = CheckpointError(message)
+    error.add_note(TOLD)
+    return error
 
 
 def _free_name(folder: Path) -> Path:

@@ -189,7 +189,7 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
     saves = {last, *range(0, last, config["checkpoint_every"])}
     looks = evaluations | saves | {*range(0, last, STEPS_PER_LOOK)}
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / "checkpoints", config)
         stack.callback(checkpoints.close)
         state = experiment.initial_state()
         first = 0
@@ -254,7 +254,8 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
                 # Rows first: a checkpoint promises that those up to it are there.
                 log.flush()
                 events.flush()
-                checkpoints.save(step, {NETWORK: parallel.as_global(state)})
+                score = row["top1"] if step in evaluations else None
+                checkpoints.save(step, {NETWORK: parallel.as_global(state)}, score)
             if stopping and step < last:
                 raise PreemptedError(
                     f"stopped by SIGTERM; the same command goes on from step {step}."
@@ -313,7 +314,9 @@ def _population_state(
     experiment: Experiment, data: Data, trained: _Trained, workdir: Path
 ) -> TrainState:
     """The final state with population statistics, kept for inference elsewhere."""
-    with contextlib.closing(Checkpoints(workdir / POPULATION)) as checkpoints:
+    with contextlib.closing(
+        Checkpoints(workdir / POPULATION, experiment.config)
+    ) as checkpoints:
         if restored := checkpoints.restore_newest({NETWORK: trained.state}):
             return restored[1][NETWORK]
         batches = experiment.config["population_batches"]

@@ -118,7 +118,7 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
     config = experiment.config
     last = config["num_steps"]
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / "checkpoints", config)
         stack.callback(checkpoints.close)
         states = experiment.initial_states()
         restored = checkpoints.restore_newest(states)

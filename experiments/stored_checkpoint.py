@@ -150,7 +150,7 @@ def read_arrays(
     found: dict[str, np.ndarray] = {}
     for item in items:
         with _as_damage(item):
-            found |= named_leaves({item: _read_item(folder / item)})
+            found |= named_leaves({item: _read_item(folder.absolute() / item)})
     expected = {
         name: record
         for name, record in metadata.arrays.items()

@@ -1,6 +1,5 @@
 """Networks that runs of the Inception experiment have trained, read for evaluation."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments import parallel
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import restore_newest
 from experiments.configs.inception import KEYS
 from experiments.configuration import LAUNCH_KEYS, ConfigError
 from experiments.data.errors import DataError
@@ -155,9 +154,8 @@ def _restore(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),
         jax.eval_shape(experiment.initial_state),
     )
-    # The folder exists, so that opening it makes nothing.
-    with contextlib.closing(Checkpoints(_folder(run, statistics))) as checkpoints:
-        restored = checkpoints.restore_newest({NETWORK: parallel.replicate(like)})
+    folder = _folder(run, statistics)
+    restored = restore_newest(folder, {NETWORK: parallel.replicate(like)})
     if restored is None:
         raise _lacks_state(run, statistics)
     step, states = restored

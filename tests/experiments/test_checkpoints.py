@@ -289,9 +289,9 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed(directory, states, monkeypa
         raise OSError(30, "Read-only file system", "20")
 
     monkeypatch.setattr(Path, "rename", fail)
-    assert "cannot rename a damaged checkpoint: [Errno 30] Read" in error_of(
-        directory, states
-    )
+    message = error_of(directory, states)
+    assert f"checkpoint {directory / '20'} is damaged (params cannot be" in message
+    assert "and cannot be renamed (Read-only file system); move it away." in message
 
 
 def data_files(directory) -> list[str]:

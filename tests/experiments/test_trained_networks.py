@@ -176,7 +176,7 @@ def test_reading_does_not_disturb_a_run_that_trains(bn):
             (folder / f"{step}.orbax-checkpoint-tmp").rmdir()
             checkpoints.save(step, {NETWORK: state})
             checkpoints._manager.wait_until_finished()
-    assert sorted(os.listdir(folder)) == ["5", "6"]
+    assert sorted(os.listdir(folder)) == ["4", "5", "6"]  # 4 is the best
     (found,) = load(bn, statistics=MOVING_AVERAGE)
     assert found.step == 6
     assert_trees_identical(found.state.params, state.params)
@@ -268,6 +268,15 @@ def test_a_damaged_state_is_named(bn):
     message = error_of(CheckpointError, bn)
     assert message.startswith(f"no checkpoint in {bn / POPULATION} is sound: 4 (")
     assert load(bn, statistics=MOVING_AVERAGE)
+
+
+def test_in_place_of_a_damaged_state_the_one_before_is_taken(bn, capsys):
+    (bn / "checkpoints" / "4" / "metadata" / "metadata").unlink()
+    before = contents(bn)
+    (network,) = load(bn, statistics=MOVING_AVERAGE)
+    assert network.step == 2
+    assert f"{bn / 'checkpoints' / '4'} is damaged (metadata" in capsys.readouterr().out
+    assert contents(bn) == before
 
 
 @pytest.mark.parametrize(
