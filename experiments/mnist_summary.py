@@ -40,7 +40,8 @@ def summarise(
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": jax.default_backend(),
-        "devices": jax.local_device_count(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "config": dict(config),
         "networks": {
             name: _summarise_network(

@@ -52,6 +52,7 @@ def _pmap(
         axis_name=DEVICE_AXIS,
         in_axes=in_axes,
         out_axes=None,
+        devices=jax.devices(),
         donate_argnums=donate_argnums,
     )
 

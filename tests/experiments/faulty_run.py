@@ -1,6 +1,7 @@
-"""Runs an experiment's command, with a fault in one of its processes.
+r"""Runs an experiment's command, with a fault in one of its processes.
 
-    python -m tests.experiments.faulty_run COMMAND PROCESS FAULTY_PROCESS FAULT STEP [ARGUMENTS ...]
+    python -m tests.experiments.faulty_run \\
+        COMMAND PROCESS FAULTY_PROCESS FAULT STEP [ARGUMENTS ...]
 
 The fault befalls the process of that number after so many steps of training.
 """
@@ -20,11 +21,17 @@ def fail() -> None:
     raise RuntimeError("a defect that nobody expected")
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    # JAX looks once a second, and a tiny run would be over before.
+    time.sleep(3)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "raise": fail,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "terminate": terminate,
     # Long enough for a test to do something to the run meanwhile.
     "sleep": lambda: time.sleep(3),
 }

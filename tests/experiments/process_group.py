@@ -65,11 +65,12 @@ class ProcessGroup:
             program = ["-m", f"experiments.{command}"]
             if fault:
                 program = ["-m", FAULTY, command, str(number), *fault]
+            # One process needs no connection.
             place = [
                 f"--coordinator_address={address}",
                 f"--num_processes={count}",
                 f"--process_id={number}",
-            ]
+            ] * (count > 1)
             directory = folders[number] if folders else REPOSITORY
             directory.mkdir(exist_ok=True)
             self._logs[number] = folder / f"{address}_{number}.log"

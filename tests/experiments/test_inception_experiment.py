@@ -75,8 +75,10 @@ def on_one_device(function):
     """Calls a function, with compilations of its own, where JAX has one device."""
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[:1]
-        patch.setattr(jax, "local_devices", lambda: devices)
-        patch.setattr(jax, "local_device_count", lambda: 1)
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda: devices)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda: 1)
         compile_anew = functools.cache(inception_experiment._compile.__wrapped__)
         patch.setattr(tiny_inception, "_compile", compile_anew)
         return jax.device_get(function())

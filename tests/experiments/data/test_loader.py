@@ -218,8 +218,8 @@ def test_evaluation_leaves_undecodable_images_out():
     undecodable = UndecodableImages(100)
     broken = {0, 9, *range(16, 24)}
     batches = evaluate(NumberedSplit(broken), undecodable=undecodable)
-    # Of the third batch nothing is left.
-    assert [int(batch.mask.sum()) for batch in batches] == [7, 7, 6]
+    # Of the third batch nothing is left, but every process must see as many batches.
+    assert [int(batch.mask.sum()) for batch in batches] == [7, 7, 0, 6]
     images = np.concatenate([batch.images[batch.mask] for batch in batches])
     assert sorted(set(range(30)) - broken) == images[:, 0, 0].tolist()
     assert all(len(batch.mask) == 8 for batch in batches)
@@ -229,6 +229,19 @@ def test_evaluation_leaves_undecodable_images_out():
     assert len(undecodable.messages) == 10
     with pytest.raises(DataError, match="more than 9 images"):
         evaluate(NumberedSplit(broken), undecodable=UndecodableImages(9))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_of_evaluation_make_up_its_batches(count):
+    """With padding, and with images that cannot be decoded."""
+    split = NumberedSplit({3, 16, 17})
+    whole = evaluate(split, 19)
+    parts = [evaluate(split, 19, part=(number, count)) for number in range(count)]
+    assert all(len(part) == len(whole) for part in parts)
+    for batch, *own in zip(whole, *parts, strict=True):
+        assert [len(part.mask) for part in own] == [8 // count] * count
+        for field, *pieces in zip(batch, *own, strict=True):
+            np.testing.assert_array_equal(np.concatenate(pieces), field)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
