@@ -130,7 +130,7 @@ def finalize_population(
       Mean and variance, (features) each; NaN where there was no value.
     """
     count, mean, var, var_within, num_batches = population
-    lost = jnp.minimum(count > 0, num_batches) if pooled else num_batches
+    lost = jnp.minimum(num_batches, 1) if pooled else num_batches
     degrees_of_freedom = jnp.maximum(count - lost, count / 2)
     unbiased = (var if pooled else var_within) * (count / degrees_of_freedom)
     return BatchStats(jnp.where(count > 0, mean, jnp.nan), unbiased)
@@ -152,8 +152,11 @@ def start_population(stats: Any) -> Any:
     def start(layer: Any) -> Any:
         if not _is_layer(layer):
             return layer
-        old = _stats_of(layer)
-        empty = init_population(jnp.shape(old.mean), old.mean.dtype)
+        mean = _stats_of(layer).mean
+        # Like the old ones, they may be spread over the devices of several processes.
+        empty = PopulationMoments(
+            *(jnp.zeros_like(mean) for _ in PopulationMoments._fields)
+        )
         if isinstance(layer, BatchStats):
             return empty
         return type(layer)({**layer, POPULATION: empty})
@@ -183,7 +186,7 @@ def finish_population(gathered: Any, stats: Any, *, pooled: bool = False) -> Any
         seen = population.count > 0
         kept = BatchStats(
             *(
-                jnp.where(seen, after, before).astype(before.dtype)
+                jnp.where(seen, after, _from_host(before)).astype(before.dtype)
                 for after, before in zip(new, old, strict=True)
             )
         )
@@ -268,6 +271,12 @@ def check_seen(gathered: Any) -> None:
             "model in training mode, and see that these layers are bn_jax's; for "
             "frozen layers, which keep their statistics, pass keep_unseen=True."
         )
+
+
+def _from_host(value: jax.Array) -> jax.Array | np.ndarray:
+    # Of several processes, `jax.pmap` leaves its results on each one's own devices,
+    # and statistics from a checkpoint are on all.
+    return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 def _layers(tree: Any) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import bn_jax
 from experiments.parallel import DEVICE_AXIS
-from experiments.training import Batch, TrainState, map_networks, take_batch
+from experiments.training import TrainState, map_networks, take_batch
 
 PERCENTILES = (15, 50, 85)  # of a sigmoid's input: those of the paper's figure 1
 
@@ -73,12 +74,10 @@ def population_statistics(
 ) -> dict[str, Any]:
     """Population statistics as the paper's Algorithm 2 has them.
 
-    The average, over training batches, of the batch means and of the unbiased batch
-    variances, with the parameters fixed and every layer normalising by its own batch.
+    As `bn_jax.population_statistics`, in one compiled loop.
 
     Args:
-      models: the networks by name; those with batch normalisation have an attribute
-        `decay`.
+      models: the networks by name.
       pixel_scale: what a stored pixel is multiplied by.
       states: as `map_networks` takes them.
       images: (examples, inputs), uint8: all of the training set.
@@ -90,36 +89,33 @@ def population_statistics(
       For each network a collection `batch_stats`, with the leading axis (replicas).
     """
 
-    def one_batch(model: nn.Module, state: TrainState, batch: Batch) -> Any:
-        return batch_statistics(model.clone(decay=0.0), state, batch.inputs)
-
-    def add(total: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], None]:
+    def add(gathered: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], None]:
         batch = take_batch(images, labels, index, pixel_scale)
-        new = map_networks(one_batch, models, states, batch)
-        return jax.tree.map(jnp.add, total, new), None
+        gathering = {
+            name: states[name]._replace(batch_stats=gathered[name]) for name in models
+        }
+        return map_networks(add_batch, models, gathering, batch.inputs), None
 
-    nothing = {
-        name: jax.tree.map(jnp.zeros_like, states[name].batch_stats) for name in models
-    }
-    total, _ = jax.lax.scan(add, nothing, indices)
+    old = {name: states[name].batch_stats for name in models}
+    gathered, _ = jax.lax.scan(add, bn_jax.start_population(old), indices)
+    statistics = bn_jax.finish_population(gathered, old)
     if average_statistics:
-        total = jax.lax.pmean(total, DEVICE_AXIS)
-    return jax.tree.map(lambda value: value / indices.shape[0], total)
+        return jax.lax.pmean(statistics, DEVICE_AXIS)
+    return statistics
 
 
-def batch_statistics(forgetful: nn.Module, state: TrainState, inputs: jax.Array) -> Any:
-    """The statistics of one batch, what Algorithm 2 averages.
+def add_batch(model: nn.Module, state: TrainState, inputs: jax.Array) -> Any:
+    """Adds a batch to the statistics, with every layer normalising by its own batch.
 
     Args:
-      forgetful: the network, with statistics that forget at once (decay 0): then the
-        moving average of one batch is that batch's.
-      state: of the network.
+      model: the network.
+      state: of the network, with the statistics of `bn_jax.start_population`.
       inputs: (examples, ...), this device's share.
 
     Returns:
-      The collection `batch_stats`: batch means and unbiased batch variances.
+      The collection `batch_stats` with the batch.
     """
-    _, updated = forgetful.apply(
+    _, updated = model.apply(
         state.variables, inputs, train=True, mutable=["batch_stats"]
     )
     return updated.get("batch_stats", {})

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import bn_jax
 import bn_jax.linen
 from experiments import evaluation, parallel, training
 from experiments.configuration import ConfigError
@@ -202,24 +203,30 @@ class Experiment:
           first_step: the number of the first batch, for its distortions.
           batches: what training would see next.
         """
-        total, count = None, 0
-        for step, batch in zip(itertools.count(first_step), batches, strict=False):
-            found = self._functions.batch_statistics(
-                state,
+
+        def run(gathered: Any, numbered: tuple[int, ImageBatch]) -> Any:
+            step, batch = numbered
+            found = self._functions.add_batch(
+                state._replace(batch_stats=gathered),
                 *_shard(batch.images, _positions(batch)),
                 self._seed,
                 np.int32(step),
             )
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
-            count += 1
-            jax.block_until_ready(total)
-        return jax.tree.map(lambda value: value / count, total)
+            return jax.block_until_ready(found)
+
+        numbered = zip(itertools.count(first_step), batches, strict=False)
+        return bn_jax.population_statistics(
+            run,
+            state.batch_stats,
+            numbered,
+            keep_unseen=self.model.auxiliary_head,  # which is for training alone
+        )
 
 
 class _Functions(NamedTuple):
     optimiser: optax.GradientTransformation
     train_step: Any
-    batch_statistics: Any
+    add_batch: Any
     probabilities: Any
     scores: dict[bool, Any]  # by whether the test batch's own statistics serve
 
@@ -238,9 +245,6 @@ def _compile(
     optimiser = training.make_optimiser(momentum, l2_weight)
     policy = KEEP_CONVOLUTIONS if rematerialise else None
     at_inference = model.clone(dropout_rate=0.0, auxiliary_head=False)
-    forgetful = at_inference.clone(
-        norm=model.norm and functools.partial(model.norm, momentum=0.0)
-    )
 
     def keys_of(seed: jax.Array, step: jax.Array) -> jax.Array:
         """Of a step's distortions and dropout; key 0 is that of the initial state."""
@@ -274,7 +278,7 @@ def _compile(
             average_statistics=average_statistics,
         )
 
-    def batch_statistics(
+    def add_batch(
         state: TrainState,
         images: jax.Array,
         positions: jax.Array,
@@ -283,8 +287,9 @@ def _compile(
     ) -> Any:
         distortion_key, _ = keys_of(seed, step)
         inputs = augment(images, positions, distortion_key)
-        found = evaluation.batch_statistics(forgetful, state, inputs)
+        found = evaluation.add_batch(at_inference, state, inputs)
         if average_statistics:
+            # Devices have as many examples each: the mean counts them all alike.
             return jax.lax.pmean(found, parallel.DEVICE_AXIS)
         return found
 
@@ -325,7 +330,7 @@ def _compile(
             in_axes=(None, 0, 0, 0, None, None, None),
             donate_argnums=(0,),
         ),
-        over_devices(batch_statistics, in_axes=(None, 0, 0, None, None)),
+        over_devices(add_batch, in_axes=(None, 0, 0, None, None)),
         over_devices(gathered, in_axes=(None, 0)),
         {
             by_test_batch: over_devices(
