@@ -28,6 +28,7 @@ from experiments.stored_checkpoint import (
     named_leaves,
     read_arrays,
     read_metadata,
+    read_score,
     record_of,
     stored_steps,
 )
@@ -123,7 +124,7 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         # Made late: what is restored, set aside or only looked at comes before.
         self._scores = {
-            step: _score(self._directory / str(step))
+            step: read_score(self._directory / str(step))
             for step in stored_steps(self._directory)
         }
         options = ocp.CheckpointManagerOptions(
@@ -271,13 +272,6 @@ def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:
         item: {name: getattr(state, item) for name, state in states.items()}
         for item in ARRAY_ITEMS
     }
-
-
-def _score(folder: Path) -> float | None:
-    try:
-        return read_metadata(folder).score
-    except CheckpointError:
-        return None
 
 
 def _on_host(name: str, leaf: Any) -> np.ndarray:

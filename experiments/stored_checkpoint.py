@@ -170,6 +170,25 @@ def read_arrays(
     return found
 
 
+def read_score(folder: Path) -> float | None:
+    """A checkpoint's score; None if it has none, or is damaged."""
+    try:
+        return read_metadata(folder).score
+    except CheckpointError:
+        return None
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Turns damage that is found inside into an error for the user."""
+    try:
+        yield
+    except DamagedError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged ({error}); choose another step."
+        ) from error
+
+
 def mismatches(
     stored: Mapping[str, ArrayRecord], expected: Mapping[str, Any]
 ) -> list[str]:

@@ -449,13 +449,20 @@ def test_another_format_is_refused(directory, states):
 
 
 def test_failure_to_write_is_one_line(tmp_path, states, monkeypatch):
-    def fail(*args, **kwargs):
-        raise ValueError("RESOURCE_EXHAUSTED:\n No space left on device")
+    manager = checkpoints_module.ocp.CheckpointManager
+    full = ValueError("RESOURCE_EXHAUSTED:\n No space left on device")
+
+    def failing(method):
+        def call(*args, **kwargs):
+            method(*args, **kwargs)
+            raise full
+
+        return call
 
     for method in "save", "close":
         checkpoints = Checkpoints(tmp_path / method)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints_module.ocp.CheckpointManager, method, fail)
+            patch.setattr(manager, method, failing(getattr(manager, method)))
             with (
                 pytest.raises(CheckpointError, match=r"EXHAUSTED: No space .*remedy"),
                 contextlib.closing(checkpoints),

@@ -1,0 +1,62 @@
+"""Looks into checkpoints, checks them, and exports them as plain arrays.
+
+    python -m experiments.checkpoint inspect DIR
+    python -m experiments.checkpoint verify DIR
+    python -m experiments.checkpoint export DIR --output=network.npz
+
+DIR is the workdir of a run, a folder of checkpoints in it (checkpoints, or population
+for Algorithm 2's statistics), or one checkpoint.
+
+inspect: which there are, the newest and the best of them, and what the newest holds:
+arrays with shapes, dtypes and bytes, the run's configuration, and versions and devices.
+verify: reads every array of every checkpoint and compares it with its checksum. Exits
+with 1 if one is damaged.
+export: parameters and statistics of the newest checkpoint, by names such as
+params/conv1/kernel, to FILE.npz or FILE.safetensors.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import commands
+
+_STEP = flags.DEFINE_string(
+    "step", "newest", "Which checkpoint to inspect or export: newest, best or a number."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "File to export to; it ends with .npz or .safetensors."
+)
+_NETWORK = flags.DEFINE_string(
+    "network", None, "Network to export, where there are several (default: all)."
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Does what the first argument says with the folder that is the second."""
+    # Imported here so that --help and wrong flags are answered at once.
+    import jax
+
+    from experiments import checkpoint_export, checkpoint_report
+    from experiments.configuration import ConfigError
+
+    # Nothing is trained here: accelerators are for the runs that may have them.
+    jax.config.update("jax_platforms", "cpu")
+    actions = {
+        "inspect": lambda folder: checkpoint_report.inspect(folder, _STEP.value),
+        "verify": checkpoint_report.verify,
+        "export": lambda folder: checkpoint_export.export(
+            folder, _STEP.value, _OUTPUT.value, _NETWORK.value
+        ),
+    }
+    if len(arguments) != 2 or arguments[0] not in actions:
+        raise ConfigError(
+            f"got {' '.join(arguments) or 'nothing'}: expected one of "
+            f"{', '.join(actions)}, and a folder (see --help)."
+        )
+    action, folder = arguments
+    actions[action](Path(folder))
+
+
+if __name__ == "__main__":
+    commands.launch_with_arguments(main, __doc__)
