@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from experiments.agreement import first_message
 from experiments.configuration import ConfigError
 from experiments.parallel import DeviceError
 
@@ -17,7 +16,6 @@ MODES = ("auto", "on", "off")
 # not come, and after how long one that is silent counts as lost.
 START_SECONDS = (30, 300)
 SILENCE_SECONDS = (20, 100)
-MESSAGE_BYTES = 1_000  # of an error that the other processes are told
 # Marks an error that all processes have: each can end as if it were alone.
 TOLD = "all processes know of it"
 
@@ -71,8 +69,6 @@ def start(
             f"{wait} s (--start_seconds) for all others at {address.coordinator}.",
             flush=True,
         )
-    # On CPU, for tests and small machines.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             *address,
@@ -168,20 +164,12 @@ def together(function: Callable[[], Result]) -> Result:
     # Of whatever kind: the others must not wait for this process.
     except Exception as error:
         failure = error
-    text = f"{failure}".encode()[:MESSAGE_BYTES] if failure else b""
-    message = np.zeros(MESSAGE_BYTES, np.uint8)
-    message[: len(text)] = np.frombuffer(text, np.uint8)
-    state = np.array([failure is not None], np.uint8)
-    told = multihost_utils.process_allgather(np.concatenate([state, message]))
-    if failure is not None:
-        failure.add_note(TOLD)
-        raise failure
-    for number, (failed, *bytes_) in enumerate(np.asarray(told)):
-        if failed:
-            text = bytes(bytes_).rstrip(b"\0")
-            other = ProcessesError(f"process {number}: {text.decode(errors='replace')}")
-            other.add_note(TOLD)
-            raise other
+    own = f"process {jax.process_index()}: {failure!s}" if failure else ""
+    message = first_message(own)
+    if message:
+        told = failure or ProcessesError(message)
+        told.add_note(TOLD)
+        raise told
     return result
 
 

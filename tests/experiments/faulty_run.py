@@ -1,7 +1,7 @@
-r"""Runs an experiment's command, with a fault in one of its processes.
+r"""Runs a command of the experiments, with a fault in one of its processes.
 
     python -m tests.experiments.faulty_run \\
-        COMMAND PROCESS FAULTY_PROCESS FAULT STEP [ARGUMENTS ...]
+        MODULE PROCESS FAULTY_PROCESS FAULT STEP [ARGUMENTS ...]
 
 The fault befalls the process of that number after so many steps of training.
 """
@@ -38,7 +38,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    command, number, faulty, fault, step, *arguments = sys.argv[1:]
+    module, number, faulty, fault, step, *arguments = sys.argv[1:]
     advance = mnist_experiment.Experiment.advance
 
     def faulty_advance(
@@ -50,8 +50,8 @@ def main() -> None:
         return advance(self, states, first, num_steps)
 
     mnist_experiment.Experiment.advance = faulty_advance  # type: ignore[method-assign]
-    sys.argv = [command, *arguments]
-    runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 class ProcessGroup:
-    """Processes of `python -m experiments.COMMAND`, connected with each other."""
+    """Processes of one command, connected with each other."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ProcessGroup:
         *,
         present: Sequence[int] | None = None,
         devices: int = 1,
-        command: str = "mnist",
+        module: str = "experiments.mnist",
         fault: Sequence[str] = (),
         folders: Sequence[Path] = (),
     ) -> None:
@@ -51,7 +51,7 @@ class ProcessGroup:
           arguments: of the command, the same for all.
           present: numbers of those that are started; None: all.
           devices: of each.
-          command: name of the command's module.
+          module: the command.
           fault: arguments of `faulty_run`: a fault of one process.
           folders: that they run in, where it is not the repository.
         """
@@ -62,9 +62,9 @@ class ProcessGroup:
         self._logs = {}
         self._since = time.monotonic()
         for number in range(count) if present is None else present:
-            program = ["-m", f"experiments.{command}"]
+            program = ["-m", module]
             if fault:
-                program = ["-m", FAULTY, command, str(number), *fault]
+                program = ["-m", FAULTY, module, str(number), *fault]
             # One process needs no connection.
             place = [
                 f"--coordinator_address={address}",
