@@ -144,7 +144,7 @@ def sigmoid_inputs(
 
     def probe(model: nn.Module, state: TrainState) -> jax.Array:
         collections = ["intermediates", "batch_stats"]
-        alone = model.clone(axis_name=None)
+        alone = model.clone(axis_name=None, axis_index_groups=None)
         _, seen = alone.apply(state.variables, inputs, train=True, mutable=collections)
         (values,) = seen["intermediates"]["sigmoid_input"]
         return values

@@ -34,24 +34,27 @@ def test_alone_an_error_stays_what_it_is(tmp_path):
 
 
 def test_the_lock_ends_with_the_run(tmp_path):
-    with open_run(tmp_path, CONFIG):
-        with pytest.raises(WorkdirError, match="another process is writing"):
-            with open_run(tmp_path, CONFIG):
-                pass
+    second = pytest.raises(WorkdirError, match="another process is writing")
+    with open_run(tmp_path, CONFIG), second, open_run(tmp_path, CONFIG):
+        pass
     with open_run(tmp_path, CONFIG):
         pass
 
 
 def test_a_folder_that_is_not_there(tmp_path, second_of_two):
-    with pytest.raises(WorkdirError, match=r"is not to be seen; give all processes"):
-        with open_run(tmp_path, CONFIG):
-            pass
+    with (
+        pytest.raises(WorkdirError, match=r"is not to be seen; give all processes"),
+        open_run(tmp_path, CONFIG),
+    ):
+        pass
 
 
 def test_another_configuration(workdir, second_of_two):
-    with pytest.raises(WorkdirError, match=r"rate: 0.1 there, 0.2 now"):
-        with open_run(workdir, CONFIG | {"rate": 0.2}):
-            pass
+    with (
+        pytest.raises(WorkdirError, match=r"rate: 0.1 there, 0.2 now"),
+        open_run(workdir, CONFIG | {"rate": 0.2}),
+    ):
+        pass
     with open_run(workdir, CONFIG | {"threads": 9}):
         pass
 
@@ -67,9 +70,11 @@ def test_an_error_of_its_own_is_left_for_the_others(workdir, second_of_two):
 def test_the_error_of_another(workdir, second_of_two):
     note = {"process": 0, "error": "the disk is full"}
     (workdir / FAILURE_FILE).write_text(json.dumps(note))
-    with pytest.raises(ProcessesError, match="^process 0 failed: the disk is full$"):
-        with open_run(workdir, CONFIG):
-            raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed")
+    with (
+        pytest.raises(ProcessesError, match=r"^process 0 failed: the disk is full$"),
+        open_run(workdir, CONFIG),
+    ):
+        raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed")
     assert json.loads((workdir / FAILURE_FILE).read_text()) == note
 
 
@@ -82,16 +87,20 @@ def test_the_error_of_another(workdir, second_of_two):
     ],
 )
 def test_another_that_left_no_word(workdir, second_of_two, message):
-    with pytest.raises(LostProcessError, match="lost contact with another process"):
-        with open_run(workdir, CONFIG):
-            raise ValueError(message)
+    with (
+        pytest.raises(LostProcessError, match="lost contact with another process"),
+        open_run(workdir, CONFIG),
+    ):
+        raise ValueError(message)
     assert not (workdir / FAILURE_FILE).exists()
 
 
 def test_what_all_know_is_not_explained(workdir, second_of_two):
     error = WorkdirError("the disk is full")
     error.add_note(TOLD)
-    with pytest.raises(WorkdirError, match="the disk is full"):
-        with open_run(workdir, CONFIG):
-            raise error
+    with (
+        pytest.raises(WorkdirError, match="the disk is full"),
+        open_run(workdir, CONFIG),
+    ):
+        raise error
     assert not (workdir / FAILURE_FILE).exists()
