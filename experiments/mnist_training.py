@@ -9,6 +9,7 @@ from typing import Any
 
 import google_crc32c
 import jax
+import numpy as np
 
 from experiments import dry_run, figures, mnist_summary, parallel, preemption
 from experiments.checkpoints import Checkpoints
@@ -139,10 +140,14 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
         first, began = step, time.monotonic()
         bar = stack.enter_context(progress_bar(last, first, "step"))
         must_stop = stack.enter_context(preemption.watch())
+        diverged: set[str] = set()
         for stop in sorted(stop for stop in stops if stop > first):
             states, losses = experiment.advance(states, step, stop - step)
             bar.update(stop - step)
             step = stop
+            for which in sorted(_diverged(experiment, losses) - diverged):
+                diverged.add(which)
+                say(f"\nDiverged by step {step}: {which}. The others go on.")
             if step in evaluations:
                 accuracy = measurements.measure(step, states, losses)
                 bar.set_postfix(
@@ -159,6 +164,16 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
                 )
     say(f"Trained {last - first} steps in {time.monotonic() - began:.1f} s.")
     return measurements
+
+
+def _diverged(experiment: Experiment, losses: Mapping[str, np.ndarray]) -> set[str]:
+    """The networks whose mean loss is not finite, in words."""
+    return {
+        f"{name}, " + ", ".join(f"{key} {of[i]:g}" for key, of in replicas.items())
+        for replicas in [experiment.replicas._asdict()]
+        for name, loss in losses.items()
+        for i in np.flatnonzero(~np.isfinite(loss))
+    }
 
 
 def _measure(experiment: Experiment) -> dry_run.Measured:

@@ -30,7 +30,8 @@ class Sweep(NamedTuple):
 
 # Of runs that are compared at their beginning.
 SHORT = {"num_steps": 600, "decay_factor": 1.0, "eval_every": 200}
-RATES = (0.01, 0.05, 0.3)  # 1, 5 and 30 times that of the small baseline
+# 0.3 to 100 times that of the small baseline.
+RATES = (0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
 
 
 def _variants() -> Sweep:

@@ -168,6 +168,25 @@ def test_several_rates_give_the_figure_of_rates(tmp_path):
         assert (slow["learning_rate"], fast["learning_rate"]) == (0.1, 2.0)
 
 
+def test_a_diverged_network_is_named_and_the_others_go_on(tmp_path, capsys):
+    rates = (0.1, 1e38)
+    run(small_config(num_steps=20, num_seeds=1, learning_rate=rates), tmp_path, None)
+    found = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("Diverged")
+    ]
+    # Once each, though their losses stay what they are.
+    assert found == [
+        f"Diverged by step 10: {name}, seed 0, learning_rate 1e+38, initial_std 0.1. "
+        "The others go on."
+        for name in ("baseline", "batch_norm")
+    ]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["loss"][1] for row in rows if row["step"]] == [None] * 4
+    assert all(row["loss"][0] > 0 for row in rows if row["step"])
+
+
 def test_a_diverged_run_gives_valid_json(tmp_path):
     """Infinite weights are a result, as in the paper's section 4.2.2."""
     run(small_config(num_steps=10, learning_rate=1e30), tmp_path, None)
