@@ -161,8 +161,11 @@ def _define_processes() -> Callable[[], None]:
 
 def _answer_help(arguments: Sequence[str], documentation: str) -> None:
     if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
-        # absl prints the docstring of __main__, and would exit with 1.
+        # absl prints the docstring of __main__ and the flags of its module, and would
+        # exit with 1.
         sys.modules["__main__"].__doc__ = documentation
+        for flag in flags.FLAGS.get_flags_for_module(__name__):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
 
 

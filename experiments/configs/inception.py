@@ -73,7 +73,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "population_batches": (1_000, "training batches that Algorithm 2 averages over"),
     "checkpoint_every": (10_000, "steps between checkpoints"),
     # Launching: who shares the work, and how.
-    "moments": ("global", "who shares a batch's: global, local, or 4, say, devices"),
+    "moments": ("global", "shared by all devices; local: by none; 4, say: by so many"),
     "parallelism": ("pmap", "what maps a step over devices: pmap or shard_map"),
     "dry_run": (False, "print what the run would need and take, and stop"),
 }

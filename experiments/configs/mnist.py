@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "probe_examples": (2_000, "test examples for the sigmoids' percentiles; 0: none"),
     "checkpoint_every": (5_000, "steps between checkpoints"),
     # Launching: who shares the work, and how.
-    "moments": ("global", "who shares a batch's: global, local, or 4, say, devices"),
+    "moments": ("global", "shared by all devices; local: by none; 4, say: by so many"),
     "parallelism": ("pmap", "what maps a step over devices: pmap or shard_map"),
     "dry_run": (False, "print what the run would need and take, and stop"),
 }
