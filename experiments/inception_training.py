@@ -231,7 +231,7 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
             progress_bar(last * batch_size, first * batch_size, "image")
         )
         batches = stack.enter_context(contextlib.closing(data.training(first, last)))
-        must_stop = stack.enter_context(preemption.watch())
+        must_stop = stack.enter_context(preemption.watch(first))
         losses: list[jax.Array] = []
         for step, batch in zip(itertools.count(first + 1), batches, strict=False):
             state, loss = experiment.train_step(state, step - 1, batch)
@@ -249,7 +249,7 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> _Trained:
             if step in evaluations:
                 row = measure(step, float(found.mean()))
                 bar.set_postfix(step=step, loss=row["loss"], top1=f"{row['top1']:.2f}%")
-            stopping = must_stop()
+            stopping = must_stop(step)
             if step in saves or stopping:
                 # Rows first: a checkpoint promises that those up to it are there.
                 log.flush()

@@ -139,7 +139,7 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
         )
         first, began = step, time.monotonic()
         bar = stack.enter_context(progress_bar(last, first, "step"))
-        must_stop = stack.enter_context(preemption.watch())
+        must_stop = stack.enter_context(preemption.watch(first))
         diverged: set[str] = set()
         for stop in sorted(stop for stop in stops if stop > first):
             states, losses = experiment.advance(states, step, stop - step)
@@ -153,7 +153,7 @@ def _train(experiment: Experiment, workdir: Path) -> Measurements:
                 bar.set_postfix(
                     {name: f"{value.mean():.2f}%" for name, value in accuracy.items()}
                 )
-            stopping = must_stop()
+            stopping = must_stop(step)
             if step % config["checkpoint_every"] == 0 or step == last or stopping:
                 # Rows first: a checkpoint promises that those up to it are there.
                 measurements.flush()

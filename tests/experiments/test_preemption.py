@@ -1,7 +1,9 @@
 import os
 import signal
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from experiments import preemption
 from experiments.preemption import PreemptedError
@@ -9,19 +11,19 @@ from experiments.preemption import PreemptedError
 
 def test_sigterm_is_reported_while_watched_and_only_then():
     earlier = signal.getsignal(signal.SIGTERM)
-    with preemption.watch() as must_stop:
-        assert not must_stop()
+    with preemption.watch(0) as must_stop:
+        assert not must_stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert must_stop()
-        assert must_stop()
+        assert must_stop(2)
+        assert must_stop(3)
     assert signal.getsignal(signal.SIGTERM) == earlier
-    with preemption.watch() as must_stop:
-        assert not must_stop()
+    with preemption.watch(0) as must_stop:
+        assert not must_stop(1)
 
 
 def test_the_signal_is_given_back_after_an_error():
     earlier = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyError), preemption.watch():
+    with pytest.raises(KeyError), preemption.watch(0):
         raise KeyError
     assert signal.getsignal(signal.SIGTERM) == earlier
 
@@ -32,8 +34,22 @@ def test_sigterm_outside_of_training():
         preemption.raise_on_sigterm()
         with pytest.raises(PreemptedError, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
-        with preemption.watch() as must_stop:
+        with preemption.watch(0) as must_stop:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert must_stop()
+            assert must_stop(1)
     finally:
         signal.signal(signal.SIGTERM, earlier)
+
+
+def test_of_several_processes_every_step_is_asked_for_once(monkeypatch):
+    asked = []
+
+    def reached(number):
+        asked.append(number)
+        return number == 23
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    with preemption.watch(10) as must_stop:
+        assert [must_stop(step) for step in (12, 20, 25, 26)] == [0, 0, 1, 0]
+    assert asked == list(range(11, 27))

@@ -122,15 +122,16 @@ def test_who_shares_moments(experiment, tmp_path, moments):
 
 def test_a_run_goes_on_with_other_processes(tmp_path):
     """From two processes of two devices each to one of eight, half way."""
-    rows, _, variables = train("mnist", tmp_path / "whole", 1, 1)
+    # Evaluations are where a run can stop.
+    changes = {"eval_every": 2}
+    rows, _, variables = train("mnist", tmp_path / "whole", 1, 1, **changes)
     workdir = tmp_path / "run"
+    arguments = mnist_arguments(workdir, **changes)
     fault = ("1", "terminate", "10")
-    with ProcessGroup(
-        tmp_path, 2, mnist_arguments(workdir), devices=2, fault=fault
-    ) as group:
+    with ProcessGroup(tmp_path, 2, arguments, devices=2, fault=fault) as group:
         assert [ended.code for ended in group.wait()] == [TRY_AGAIN] * 2
-    changed = mnist_arguments(workdir, parallelism="shard_map")
-    with ProcessGroup(tmp_path, 1, changed, devices=8) as group:
+    arguments.append("--config.parallelism=shard_map")
+    with ProcessGroup(tmp_path, 1, arguments, devices=8) as group:
         (ended,) = group.wait()
     assert ended.code == 0, ended.output
     assert "Going on from the checkpoint of step" in ended.output
