@@ -1,6 +1,6 @@
 """Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
 
-from bn_jax.folding import inference_affine
+from bn_jax.folding import fold_conv, fold_dense, inference_affine
 from bn_jax.micro_batches import accumulate_gradients
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
@@ -32,6 +32,8 @@ __all__ = [
     "batch_renorm",
     "finalize_population",
     "finish_population",
+    "fold_conv",
+    "fold_dense",
     "ghost_batch_norm",
     "inference_affine",
     "init_params",

@@ -1,4 +1,4 @@
-"""The affine map of inference."""
+"""The affine map of inference, and folding it into one layer."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from bn_jax import (
     BatchNormParams,
     BatchStats,
     batch_norm,
+    fold_conv,
+    fold_dense,
     inference_affine,
     init_params,
     init_stats,
@@ -82,3 +84,97 @@ def test_eps_must_be_positive(eps):
 def test_bad_arguments(params, stats, error, message):
     with pytest.raises(error, match=message):
         inference_affine(params, stats)
+
+
+def normalised(y: np.ndarray, params: BatchNormParams, stats: BatchStats) -> np.ndarray:
+    """Algorithm 2's map in float64."""
+    scale, bias, mean, var = (np.float64(a) for a in (*params, *stats))
+    return (y - mean) / np.sqrt(var + 1e-3) * scale + bias
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_fold_dense(with_bias):
+    rng = np.random.default_rng(0)
+    params, stats, *_ = make_problem((2, 4))
+    x, kernel, bias = (
+        np.float32(rng.normal(size=shape)) for shape in ((5, 3), (3, 4), 4)
+    )
+    y = np.float64(x) @ kernel + (bias if with_bias else 0)
+    folded, shift = fold_dense(kernel, bias if with_bias else None, params, stats)
+    got = x @ np.asarray(folded) + np.asarray(shift)
+    assert_close(got, normalised(y, params, stats), 1e-6)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("positions", [(3,), (3, 2), (2, 2, 2)])
+def test_fold_conv(positions, groups, with_bias):
+    rng = np.random.default_rng(1)
+    params, stats, *_ = make_problem((2, 8))
+    x, kernel, bias = (
+        np.float32(rng.normal(size=shape))
+        for shape in ((2, *[5] * len(positions), 4), (*positions, 4 // groups, 8), 8)
+    )
+    space = "DHW"[-len(positions) :]
+
+    def convolve(kernel: jax.Array) -> np.ndarray:
+        return np.asarray(
+            jax.lax.conv_general_dilated(
+                x,
+                jnp.asarray(kernel),
+                [1] * len(positions),
+                "SAME",
+                dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+                feature_group_count=groups,
+            )
+        )
+
+    y = convolve(kernel) + (bias if with_bias else 0)
+    folded, shift = fold_conv(kernel, bias if with_bias else None, params, stats)
+    got = convolve(folded) + np.asarray(shift)
+    assert_close(got, normalised(y, params, stats), 1e-6)
+
+
+def test_fold_by_hand():
+    # As above: scale 3 and shift -14; the bias of 2 becomes 2 * 3 - 14.
+    params = BatchNormParams(jnp.array([6.0]), jnp.array([1.0]))
+    stats = BatchStats(jnp.array([5.0]), jnp.array([3.5]))
+    kernel, bias = jnp.array([[7.0]]), jnp.array([2.0])
+    folded, shift = fold_dense(kernel, bias, params, stats, eps=0.5)
+    assert_close(folded, [[21]], 1e-6)
+    assert_close(shift, [-8], 1e-6)
+
+
+def test_folded_layer_has_the_dtype_of_the_kernel():
+    params, stats, *_ = make_problem((2, 4))
+    for array in fold_dense(jnp.ones((3, 4), "bfloat16"), None, params, stats):
+        assert array.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("fold", "kernel", "bias", "error", "message"),
+    [
+        (fold_dense, (3, 3, 2, 4), None, ValueError, "fold_conv convolutions"),
+        (fold_dense, (4,), None, ValueError, r"expected \(inputs, features\)"),
+        (fold_conv, (2, 4), None, ValueError, "fold_dense takes dense layers"),
+        (fold_dense, (3, 5), None, ValueError, r"\(4,\), but kernel .* has \(5,\)"),
+        (fold_conv, (3, 2, 5), None, ValueError, r"\(4,\), but kernel .* has \(5,\)"),
+        (fold_dense, (3, 4), (3,), ValueError, r"bias has features of shape \(3,\)"),
+        (fold_dense, (3, 4), (), ValueError, r"bias has features of shape \(\)"),
+    ],
+)
+def test_layers_that_do_not_fit(fold, kernel, bias, error, message):
+    params, stats, *_ = make_problem((2, 4))
+    bias = None if bias is None else jnp.zeros(bias)
+    with pytest.raises(error, match=message):
+        fold(jnp.ones(kernel), bias, params, stats)
+
+
+def test_integer_kernels_and_missing_statistics():
+    params, stats, *_ = make_problem((2, 4))
+    with pytest.raises(TypeError, match="must be floating point"):
+        fold_dense(jnp.ones((3, 4), int), None, params, stats)
+    with pytest.raises(ValueError, match="stats are missing"):
+        fold_dense(jnp.ones((3, 4)), None, params, None)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        fold_conv(jnp.ones((1, 3, 4)), None, params, stats, eps=0)

@@ -150,6 +150,8 @@ def test_nan_padding_reaches_nothing():
 
     def loss(normalise, params, stats, micro_batch):
         x, weights = micro_batch
+        # dx of every row, padded ones too, reaches this gradient.
+        x = x + params["norm"]["branch"].bias[None]
         for name in ("first", "last"):
             norm = params["norm"][name]
             x, new = normalise(norm, stats[name], x, weights=weights)
@@ -162,6 +164,7 @@ def test_nan_padding_reaches_nothing():
 
     padded = run(jnp.where(weights == 0, jnp.nan, x))
     assert_trees_close(padded, run(jnp.where(weights == 0, 7, x)), 0)
+    assert np.any(padded[1]["norm"]["branch"].bias)
 
 
 @pytest.mark.parametrize("mode", MODES)
