@@ -11,13 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-import bn_jax.linen
 from bn_jax.folding import fold_conv, fold_dense, inference_affine
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats
-
-BATCH_NORMS = (nn.BatchNorm, bn_jax.linen.BatchNorm)
 
 # Layers that a normalisation folds into, and their parameter whose last axis is that of
 # the output's features. Layers are linear in it, and their bias, if any, is "bias".
@@ -72,7 +69,7 @@ def fold_batch_norms(
     written without the folded normalisations and with a bias in each of these layers.
 
     Args:
-      model: with `flax.linen.BatchNorm` or `bn_jax.linen.BatchNorm` modules.
+      model: with `flax.linen.BatchNorm` modules, or `bn_jax.linen.BatchNorm` ones.
       variables: its collections `params` and `batch_stats`, and any others.
       *args: what to call it on: arrays, or `jax.ShapeDtypeStruct`s of their shapes.
       layers: types of layers to fold into, and the name of the parameter whose last
@@ -176,7 +173,7 @@ def _skip_folded(
     module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
-    if isinstance(module, BATCH_NORMS) and module.has_variable(FOLDED, "factor"):
+    if isinstance(module, nn.BatchNorm) and module.has_variable(FOLDED, "factor"):
         x = kwargs["x"] if "x" in kwargs else args[0]
         return nn.relu(x) if getattr(module, "activation", None) == "relu" else x
     y = call(*args, **kwargs)
@@ -222,7 +219,7 @@ class _Trace:
         if context.method_name != "__call__":
             return call(*args, **kwargs)
         name = "/".join(module.path)
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, nn.BatchNorm):
             given = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
             _check_inference(module, name, given.get("use_running_average"))
             x = given.pop("x")
@@ -364,7 +361,10 @@ def _own_reason(
 
 def _check_inference(module: Any, name: str, use_running_average: bool | None) -> None:
     attribute = "use_running_average"
-    if not nn.merge_param(attribute, module.use_running_average, use_running_average):
+    inference = nn.merge_param(
+        attribute, module.use_running_average, use_running_average
+    )
+    if not (inference or getattr(module, "frozen", False)):
         raise ValueError(
             f"{name or 'the model'} normalises by the batch in this call; fold what "
             "the model does at inference, for example with train=False."
