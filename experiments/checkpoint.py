@@ -2,7 +2,7 @@
 
     python -m experiments.checkpoint inspect DIR
     python -m experiments.checkpoint verify DIR
-    python -m experiments.checkpoint export DIR --output=network.npz
+    python -m experiments.checkpoint export DIR --output=network.npz [--fold]
 
 DIR is the workdir of a run, a folder of checkpoints in it (checkpoints, or population
 for Algorithm 2's statistics), or one checkpoint.
@@ -12,7 +12,8 @@ arrays with shapes, dtypes and bytes, the run's configuration, and versions and 
 verify: reads every array of every checkpoint and compares it with its checksum. Exits
 with 1 if one is damaged.
 export: parameters and statistics of the newest checkpoint, by names such as
-params/conv1/kernel, to FILE.npz or FILE.safetensors.
+params/conv1/kernel, to FILE.npz or FILE.safetensors. With --fold batch normalisations
+are folded into the layers before them, where there is one.
 """
 
 from pathlib import Path
@@ -30,6 +31,7 @@ _OUTPUT = flags.DEFINE_string(
 _NETWORK = flags.DEFINE_string(
     "network", None, "Network to export, where there are several (default: all)."
 )
+_FOLD = flags.DEFINE_bool("fold", False, "Whether to export the folded network.")
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> None:
         "inspect": lambda folder: checkpoint_report.inspect(folder, _STEP.value),
         "verify": checkpoint_report.verify,
         "export": lambda folder: checkpoint_export.export(
-            folder, _STEP.value, _OUTPUT.value, _NETWORK.value
+            folder, _STEP.value, _OUTPUT.value, _NETWORK.value, _FOLD.value
         ),
     }
     if len(arguments) != 2 or arguments[0] not in actions:

@@ -13,7 +13,7 @@ from experiments.workdir import WorkdirError
 
 
 def export(
-    folder: Path, step: int | str, output: str | None, network: str | None
+    folder: Path, step: int | str, output: str | None, network: str | None, fold: bool
 ) -> None:
     """Writes parameters and statistics by name, and says what was written.
 
@@ -23,6 +23,7 @@ def export(
       output: the file, whose ending is a key of `WRITERS`.
       network: the one to export; None for all. With several, names have that of the
         network after the collection's, as in the checkpoint.
+      fold: fold normalisations into the layers before them, and say which.
 
     Raises:
       CheckpointError: there is no such checkpoint or network, or it is damaged.
@@ -40,6 +41,11 @@ def export(
     arrays: dict[str, np.ndarray] = {}
     for name in [network] if network else metadata.networks:
         variables = load_variables(checkpoint, network=name)
+        if fold:
+            # Imported here: the networks take a while.
+            from experiments.folded_network import fold_variables
+
+            variables = fold_variables(metadata.config, name, variables)
         inserted = "" if len(metadata.networks) == 1 or network else f"{name}/"
         for leaf_name, leaf in named_leaves(variables).items():
             collection, _, rest = leaf_name.partition("/")

@@ -38,8 +38,8 @@ def damage(workdir):
     (workdir / "checkpoints" / "3" / "params" / "manifest.ocdbt").write_bytes(b"?")
 
 
-def export(folder, output, *, step="newest", network=None):
-    checkpoint_export.export(folder, step, str(output), network)
+def export(folder, output, *, step="newest", network=None, fold=False):
+    checkpoint_export.export(folder, step, str(output), network, fold)
     with np.load(output) as file:
         return dict(file)
 
@@ -113,7 +113,7 @@ def test_export_to_npz(copied, tmp_path, capsys):
 def test_export_to_safetensors(copied, tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     output = tmp_path / "network.safetensors"
-    checkpoint_export.export(copied, "best", str(output), None)
+    checkpoint_export.export(copied, "best", str(output), None, False)
     found = numpy.load_file(output)
     expected = named_leaves(load_variables(CHECKPOINTS))
     assert found.keys() == expected.keys()
@@ -125,7 +125,7 @@ def test_export_without_the_package(copied, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     output = tmp_path / "network.safetensors"
     with pytest.raises(ConfigError, match="safetensors is not installed; `pip install"):
-        checkpoint_export.export(copied, "best", str(output), None)
+        checkpoint_export.export(copied, "best", str(output), None, False)
     assert not output.exists()
 
 
@@ -136,10 +136,33 @@ def test_types_that_numpy_lacks_are_widened():
     np.testing.assert_array_equal(widened, [1.5, -2.0])
 
 
+def test_export_of_the_folded_network(finished, tmp_path, capsys):
+    """Of a run of the MNIST experiment, whose two networks have names."""
+    found = export(finished, tmp_path / "network.npz", fold=True)
+    out = capsys.readouterr().out
+    assert "baseline: there is no batch normalisation to fold.\n" in out
+    assert "BatchNorm_1: folded into Dense_1\n" in out
+    plain = export(finished, tmp_path / "plain.npz")
+    assert {name for name in plain if "BatchNorm" in name}
+    assert {name for name in found if name.startswith("params/")} == {
+        f"params/{network}/Dense_{layer}/{leaf}"
+        for network in ("baseline", "batch_norm")
+        for layer in range(3)
+        for leaf in ("bias", "kernel")
+    }
+    assert not [name for name in found if name.startswith("batch_stats/")]
+    alone = export(finished, tmp_path / "a.npz", network="batch_norm", fold=True)
+    for name in "params/Dense_0/kernel", "params/Dense_1/bias":
+        collection, rest = name.split("/", 1)
+        np.testing.assert_array_equal(
+            alone[name], found[f"{collection}/batch_norm/{rest}"]
+        )
+
+
 @pytest.mark.parametrize("output", [None, "network", "network.h5"])
 def test_other_endings_are_refused(copied, output):
     with pytest.raises(ConfigError, match=r"ends with \.npz or \.safetensors"):
-        checkpoint_export.export(copied, "newest", output, None)
+        checkpoint_export.export(copied, "newest", output, None, False)
 
 
 def test_export_of_what_is_not_there_or_damaged(copied, tmp_path):
@@ -175,7 +198,7 @@ def test_help():
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith(documentation_of("checkpoint").splitlines()[0])
-    for flag in ("--output:", "--step:", "--network:"):
+    for flag in ("--output:", "--step:", "--network:", "--[no]fold:"):
         assert flag in done.stdout
 
 
