@@ -1,0 +1,465 @@
+"""What bn_jax does beside other libraries, each cell the outcome of a check that runs.
+
+    python -m benchmarks.features [--output=benchmarks/results]
+
+A cell is empty ("-") where the library is not installed or has no such function, and
+names the error where a check raises one that it does not ask for.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bn_jax
+import bn_jax.linen
+import bn_jax.linen_folding
+from experiments.comparison_tables import table
+
+NO_SUCH_FUNCTION = "-"
+YES, NO = "yes", "no"
+EPS = 1e-3
+
+
+class Library(NamedTuple):
+    """How the checks reach a library; None where it has no such function."""
+
+    package: str  # its distribution
+    # (x, mask or None) -> y, running mean and variance that are the batch's own.
+    train: Callable[..., tuple[Any, Any, Any]]
+    masks: bool = False
+    # As train, without statistics to start from.
+    without_statistics: Callable[[Any], Any] | None = None
+    fold: Callable[[], float] | None = None  # the largest error of a folded layer
+
+
+def jax_train(x: Any, mask: Any = None, **options: Any) -> tuple[Any, Any, Any]:
+    """bn_jax's pure function."""
+    features = x.shape[-1]
+    y, stats = bn_jax.batch_norm(
+        bn_jax.init_params(features),
+        bn_jax.init_stats(features),
+        x,
+        train=True,
+        decay=0.0,
+        eps=EPS,
+        weights=mask,
+        **options,
+    )
+    return y, stats.mean, stats.var
+
+
+def linen_train(
+    x: Any, mask: Any = None, *, params_alone: bool = False, **options: Any
+) -> tuple[Any, Any, Any]:
+    """flax.linen's module."""
+    import flax.linen as nn
+
+    norm = nn.BatchNorm(
+        use_running_average=False, momentum=0.0, epsilon=EPS, dtype=x.dtype, **options
+    )
+    variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x[:1])
+    if params_alone:
+        variables = {"params": variables["params"]}
+    y, new = norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+
+
+def nnx_train(x: Any, mask: Any = None, **options: Any) -> tuple[Any, Any, Any]:
+    """flax.nnx's module."""
+    from flax import nnx
+
+    norm = nnx.BatchNorm(
+        x.shape[-1],
+        momentum=0.0,
+        epsilon=EPS,
+        dtype=x.dtype,
+        rngs=nnx.Rngs(0),
+        **options,
+    )
+    y = norm(x, mask=mask)
+    return y, norm.mean[...], norm.var[...]
+
+
+def haiku_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
+    """dm-haiku's module, transformed."""
+    import haiku as hk
+
+    @hk.transform_with_state
+    def apply(x: Any) -> Any:
+        return hk.BatchNorm(True, True, decay_rate=0.0, eps=EPS)(x, is_training=True)
+
+    params, state = apply.init(None, x)
+    y, state = apply.apply(params, state, None, x)
+    flat = {
+        path: value for path, values in state.items() for value in [values["average"]]
+    }
+    mean = next(v for path, v in flat.items() if "mean" in path)
+    var = next(v for path, v in flat.items() if "var" in path)
+    return y, mean.reshape(-1), var.reshape(-1)
+
+
+def equinox_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
+    """Equinox's layer, over a named batch axis."""
+    import equinox as eqx
+
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+        x.shape[-1], axis_name="batch", mode="ema", momentum=0.0, eps=EPS, dtype=x.dtype
+    )
+    y, state = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+        x, state
+    )
+    mean, var = state.get(norm.ema_state_index)
+    return y, mean, var
+
+
+def keras_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
+    """Keras's layer, on jax."""
+    import keras
+
+    half = x.dtype != jnp.float32
+    policy = f"mixed_{x.dtype}" if half else "float32"
+    layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPS, dtype=policy)
+    layer.build(x.shape)
+    own, state = layer.trainable_variables, layer.non_trainable_variables
+    y, new = layer.stateless_call(
+        [v.value for v in own],
+        [v.value for v in state],
+        x,
+        training=True,
+        mask=None if mask is None else mask[..., 0],
+    )
+    mean = next(v for v, s in zip(new, state, strict=True) if "mean" in s.path)
+    var = next(v for v, s in zip(new, state, strict=True) if "variance" in s.path)
+    return y, mean, var
+
+
+def torch_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
+    """Torch's function, on CPU, over (batch, features)."""
+    import torch
+
+    tensor = torch.from_numpy(np.array(x, np.float32))
+    if x.dtype == jnp.bfloat16:
+        tensor = tensor.to(torch.bfloat16)
+    norm = torch.nn.BatchNorm1d(x.shape[-1], momentum=1.0, eps=EPS)
+    y = norm(tensor)
+    arrays = (y.detach().float(), norm.running_mean, norm.running_var)
+    return tuple(a.numpy() for a in arrays)  # type: ignore[return-value]
+
+
+def linen_without_statistics(x: Any) -> Any:
+    """Parameters alone, with the collection mutable."""
+    return linen_train(x, params_alone=True)
+
+
+def jax_without_statistics(x: Any) -> Any:
+    """The pure function, and the module with parameters alone."""
+    norm = bn_jax.linen.BatchNorm(use_running_average=False)
+    variables = {"params": norm.init(jax.random.key(0), x)["params"]}
+    return norm.apply(variables, x, mutable=["batch_stats"])
+
+
+def jax_fold() -> float:
+    """The largest error of a folded convolution in a linen model."""
+    import flax.linen as nn
+
+    model = nn.Sequential(
+        [nn.Conv(8, (3, 3)), bn_jax.linen.BatchNorm(use_running_average=True)]
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    variables = model.init(jax.random.key(1), x)
+    folded, report = bn_jax.linen_folding.fold_batch_norms(model, variables, x)
+    if any(finding.reason for finding in report):
+        raise ValueError("not folded")
+    y = bn_jax.linen_folding.apply_folded(model, folded, x)
+    return _largest(y - model.apply(variables, x))
+
+
+def torch_fold() -> float:
+    """The largest error of a folded convolution."""
+    import torch
+
+    layer, norm = torch.nn.Conv2d(3, 8, 3).eval(), torch.nn.BatchNorm2d(8).eval()
+    x = torch.randn(2, 3, 8, 8)
+    folded = torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm)
+    return _largest((folded(x) - norm(layer(x))).detach().numpy())
+
+
+LIBRARIES: Mapping[str, Library] = {
+    "bn_jax": Library(
+        "jax",
+        jax_train,
+        masks=True,
+        without_statistics=jax_without_statistics,
+        fold=jax_fold,
+    ),
+    "flax.linen": Library(
+        "flax", linen_train, masks=True, without_statistics=linen_without_statistics
+    ),
+    "flax.nnx": Library("flax", nnx_train, masks=True),
+    "haiku": Library("dm-haiku", haiku_train),
+    "equinox": Library("equinox", equinox_train),
+    "keras": Library("keras", keras_train, masks=True),
+    "torch": Library("torch", torch_train, fold=torch_fold),
+}
+
+
+def _largest(values: Any) -> float:
+    return float(np.abs(np.float64(values)).max())
+
+
+def _normal(rows: int, mean: float = 0.0, std: float = 1.0, seed: int = 0) -> Any:
+    values = np.random.default_rng(seed).normal(mean, std, (rows, 4))
+    return jnp.asarray(values, jnp.float32)
+
+
+def _normalised(x: Any) -> Any:
+    x = np.float64(x)
+    return (x - x.mean(0)) / np.sqrt(x.var(0) + EPS)
+
+
+def unbiased(library: Library) -> str:
+    """The running variance is that of Algorithm 2."""
+    x = _normal(8)
+    _, _, var = library.train(x)
+    return YES if _largest(var - np.float64(x).var(0, ddof=1)) < 1e-5 else NO
+
+
+def large_mean(library: Library) -> str:
+    """The largest error of y for data of mean 10,000 and deviation 1."""
+    x = _normal(1024, mean=1e4)
+    return f"{_largest(np.float64(library.train(x)[0]) - _normalised(x)):.0e}"
+
+
+def half_precision(library: Library) -> str:
+    """Running variance of bfloat16 data of mean 7 and deviation 0.5, relative error."""
+    x = _normal(1024, mean=7, std=0.5).astype(jnp.bfloat16)
+    _, _, var = library.train(x)
+    # Biased or not: the row before tells which.
+    expected = [np.float64(x).var(0, ddof=ddof) for ddof in (0, 1)]
+    return f"{min(_largest(np.float64(var) / e - 1) for e in expected):.0e}"
+
+
+def masked_rows(library: Library) -> str:
+    """A mask is deleting rows."""
+    if not library.masks:
+        return NO_SUCH_FUNCTION
+    x, mask = _normal(8), jnp.arange(8)[:, None] < 5
+    y, mean, _ = library.train(x, mask)
+    right = _largest(np.float64(y)[:5] - _normalised(x[:5])) < 1e-5
+    return YES if right and _largest(mean - x[:5].mean(0)) < 1e-5 else NO
+
+
+def nan_padding(library: Library) -> str:
+    """Padding that holds NaN reaches no gradient of a valid row."""
+    if not library.masks:
+        return NO_SUCH_FUNCTION
+    mask = jnp.arange(8)[:, None] < 5
+    x = jnp.where(mask, _normal(8), jnp.nan)
+
+    def loss(x: Any) -> Any:
+        y, *_ = library.train(x, mask)
+        return jnp.sum(jnp.where(mask, y, 0) ** 3)
+
+    return YES if np.isfinite(jax.grad(loss)(x)[:5]).all() else NO
+
+
+def uneven_devices(library: Library) -> str:
+    """Moments over mapped devices with 8, 4, 2 and 1 valid rows are exact."""
+    if library.train not in (jax_train, linen_train, nnx_train):
+        return NO_SUCH_FUNCTION
+    x = _normal(32).reshape(4, 8, 4) + 3 * jnp.arange(4.0)[:, None, None]
+    mask = jnp.arange(8)[None, :, None] < jnp.array([8, 4, 2, 1])[:, None, None]
+
+    def device(x: Any, mask: Any) -> Any:
+        return library.train(x, mask, axis_name="devices")[1]
+
+    means = jax.vmap(device, axis_name="devices")(x, mask)
+    expected = np.float64(x)[np.broadcast_to(mask, x.shape)].reshape(-1, 4).mean(0)
+    return YES if _largest(means - expected) < 1e-4 else NO
+
+
+def weights(library: Library) -> str:
+    """Real-valued example weights."""
+    if library.train is not jax_train:
+        return NO_SUCH_FUNCTION
+    x, own = _normal(8), jnp.linspace(0.5, 2, 8)[:, None]
+    _, mean, _ = library.train(x, own)
+    expected = np.average(np.float64(x), axis=0, weights=np.float64(own)[:, 0])
+    return YES if _largest(mean - expected) < 1e-5 else NO
+
+
+def one_value(library: Library) -> str:
+    """Training on one value per feature, whose output would be the bias alone."""
+    try:
+        y, *_ = library.train(_normal(1))
+    except Exception as error:
+        return type(error).__name__
+    return "y = bias" if _largest(y) == 0 else NO
+
+
+def missing_statistics(library: Library) -> str:
+    """Parameters restored without the statistics."""
+    if library.without_statistics is None:
+        return NO_SUCH_FUNCTION
+    try:
+        library.without_statistics(_normal(8))
+    except Exception as error:
+        return type(error).__name__
+    return "starts again"
+
+
+def residual_bytes(library: Library) -> str:
+    """Bytes kept for the gradient, over those of x (bfloat16), with a ReLU."""
+    x = jnp.ones((4096, 4), jnp.bfloat16)
+    if library.train is torch_train:
+        return _torch_residual_bytes()
+
+    def forward(x: Any) -> Any:
+        if library.train is jax_train:
+            return library.train(x, activation="relu")[0]
+        return jax.nn.relu(library.train(x)[0])
+
+    def pullback(x: Any) -> Any:
+        return jax.vjp(forward, x)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, x))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return f"{kept / x.nbytes:.1f}"
+
+
+def _torch_residual_bytes() -> str:
+    import torch
+
+    x = torch.ones((4096, 4), dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def save(tensor: Any) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        torch.nn.functional.relu(torch.nn.BatchNorm1d(4)(x))
+    return f"{sum(kept.values()) / x.nbytes:.1f}"
+
+
+def population(library: Library) -> str:
+    """Population statistics of Algorithm 2, from batches."""
+    if library.train is not jax_train:
+        return NO_SUCH_FUNCTION
+    batches = [_normal(8, seed=seed) for seed in range(3)]
+    stats = bn_jax.init_stats(4)
+
+    def network(stats: Any, x: Any) -> Any:
+        return bn_jax.batch_norm(bn_jax.init_params(4), stats, x, train=True)[1]
+
+    got = bn_jax.population_statistics(network, stats, batches)
+    mean = np.mean([np.float64(x).mean(0) for x in batches], axis=0)
+    var = np.mean([np.float64(x).var(0, ddof=1) for x in batches], axis=0)
+    right = _largest(got.mean - mean) < 1e-5 and _largest(got.var - var) < 1e-5
+    return YES if right else NO
+
+
+def folding(library: Library) -> str:
+    """A convolution with its normalisation folded in computes the same."""
+    if library.fold is None:
+        return NO_SUCH_FUNCTION
+    return YES if library.fold() < 1e-5 else NO
+
+
+def small_batches(library: Library) -> str:
+    """Renormalisation, ghost batches, and exact moments over micro-batches."""
+    if library.train is not jax_train:
+        return NO_SUCH_FUNCTION
+    params, stats, x = bn_jax.init_params(4), bn_jax.init_stats(4), _normal(8)
+    expected = bn_jax.batch_norm(params, stats, x, train=False)[0]
+    y, _ = bn_jax.batch_renorm(params, stats, x, train=True, r_max=99, d_max=99)
+    ghost, _ = bn_jax.ghost_batch_norm(
+        params, stats, x, train=True, virtual_batch_size=4, eps=EPS
+    )
+
+    def loss(batch_norm: Any, params: Any, stats: Any, x: Any) -> Any:
+        y, stats = batch_norm(params, stats, x)
+        return jnp.sum(y**3), stats
+
+    (_, _), grads = bn_jax.accumulate_gradients(loss, params, stats, x.reshape(2, 4, 4))
+    whole = functools.partial(loss, functools.partial(bn_jax.batch_norm, train=True))
+    want, _ = jax.grad(whole, has_aux=True)(params, stats, x)
+    right = (
+        _largest(y - expected) < 1e-5
+        and _largest(ghost[:4] - _normalised(x[:4])) < 1e-5
+        and _largest(grads.scale - want.scale) < 1e-4
+    )
+    return YES if right else NO
+
+
+CHECKS: Mapping[str, Callable[[Library], str]] = {
+    "running variance is unbiased (Algorithm 2)": unbiased,
+    "largest error of y, mean 10,000, std 1": large_mean,
+    "relative error of running variance, bfloat16": half_precision,
+    "a mask deletes rows": masked_rows,
+    "NaN in padding reaches no gradient": nan_padding,
+    "exact over devices of uneven counts": uneven_devices,
+    "real-valued example weights": weights,
+    "training on one value per feature": one_value,
+    "parameters without statistics": missing_statistics,
+    "bytes kept for the gradient, with ReLU, of x's": residual_bytes,
+    "population statistics (Algorithm 2)": population,
+    "folding": folding,
+    "renormalisation, ghost, micro-batches": small_batches,
+}
+
+
+def run_checks() -> dict[str, dict[str, str]]:
+    """For each check the outcome of each library."""
+    outcomes: dict[str, dict[str, str]] = {}
+    for title, check in CHECKS.items():
+        outcomes[title] = {}
+        for name, library in LIBRARIES.items():
+            if version(library.package) is None:
+                outcomes[title][name] = NO_SUCH_FUNCTION
+                continue
+            try:
+                outcomes[title][name] = check(library)
+            except Exception as error:
+                outcomes[title][name] = type(error).__name__
+    return outcomes
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    """Runs the checks, prints a table and writes the outcomes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    output = parser.parse_args().output
+    warnings.simplefilter("ignore")  # of the other libraries
+    outcomes = run_checks()
+    versions = {lib.package: version(lib.package) for lib in LIBRARIES.values()}
+    rows = [[title, *cells.values()] for title, cells in outcomes.items()]
+    print(table(["", *LIBRARIES], rows))
+    print(", ".join(f"{name} {number}" for name, number in versions.items() if number))
+    output.mkdir(parents=True, exist_ok=True)
+    result = {"versions": versions, "checks": outcomes}
+    (output / "features.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
