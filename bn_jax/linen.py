@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.collectives import AxisName
-from bn_jax.drop_in import apply_module
+from bn_jax.drop_in import Limits, apply_module
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
 from bn_jax.population import POPULATION
@@ -48,6 +48,10 @@ class BatchNorm(nn.BatchNorm):
         Flax's.
       frozen: normalise by the statistics in training, too, and leave them as they are;
         scale and bias still learn.
+      virtual_batch_size: normalise by virtual batches of so many examples along axis 0;
+        see `bn_jax.ghost_batch_norm`.
+      renormalisation: limits (r_max, d_max) of batch renormalisation, which may be
+        traced; see `bn_jax.batch_renorm`. Here or in the call, which goes first.
     """
 
     # Wider than Flax has them.
@@ -56,6 +60,8 @@ class BatchNorm(nn.BatchNorm):
     activation: str | None = None
     unbiased: bool = True
     frozen: bool = False
+    virtual_batch_size: int | None = None
+    renormalisation: Limits | None = None
 
     @nn.compact
     def __call__(
@@ -65,6 +71,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        renormalisation: Limits | None = None,
     ) -> jax.Array:
         """Normalises x, and in training updates the collection `batch_stats`.
 
@@ -74,6 +81,7 @@ class BatchNorm(nn.BatchNorm):
           mask: True for values that count, False for padding; broadcastable to x.
           weights: 0 for padding, or example weights, instead of a mask; see
             `bn_jax.batch_norm`.
+          renormalisation: as the attribute of that name, before which it goes.
 
         Returns:
           The normalised input, of x's shape; 0 where mask or weights are 0.
@@ -113,6 +121,8 @@ class BatchNorm(nn.BatchNorm):
             dtype=self.dtype,
             mask=mask,
             weights=weights,
+            virtual_batch_size=self.virtual_batch_size,
+            renormalisation=renormalisation or self.renormalisation,
             initialising=initialising,
             axis=self.axis,
             decay=self.momentum,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from bn_jax.drop_in import apply_module
+from bn_jax.drop_in import Limits, apply_module
 from bn_jax.params import BatchNormParams
 from bn_jax.population import (
     POPULATION,
@@ -41,6 +41,8 @@ class BatchNorm(nnx.BatchNorm):
         activation: str | None = None,
         unbiased: bool = True,
         frozen: bool = False,
+        virtual_batch_size: int | None = None,
+        renormalisation: Limits | None = None,
         promote_dtype: Any = keep_dtypes,
         **arguments: Any,
     ) -> None:
@@ -53,6 +55,10 @@ class BatchNorm(nnx.BatchNorm):
             for Flax's.
           frozen: normalise by the statistics in training, too, and leave them as they
             are; scale and bias still learn.
+          virtual_batch_size: normalise by virtual batches of so many examples along
+            axis 0; see `bn_jax.ghost_batch_norm`.
+          renormalisation: limits (r_max, d_max) of batch renormalisation; see
+            `bn_jax.batch_renorm`. Here or in the call, which goes first.
           promote_dtype: as in Flax, but by default no value loses precision before it
             is used. Flax's own default rounds statistics and parameters to `dtype`.
           **arguments: those of `flax.nnx.BatchNorm`, with its defaults:
@@ -65,6 +71,8 @@ class BatchNorm(nnx.BatchNorm):
         self.activation = activation
         self.unbiased = unbiased
         self.frozen = frozen
+        self.virtual_batch_size = virtual_batch_size
+        self.renormalisation = renormalisation
 
     def __call__(
         self,
@@ -73,6 +81,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        renormalisation: Limits | None = None,
     ) -> jax.Array:
         """Normalises x, and in training updates the statistics.
 
@@ -82,6 +91,8 @@ class BatchNorm(nnx.BatchNorm):
           mask: True for values that count, False for padding; broadcastable to x.
           weights: 0 for padding, or example weights, instead of a mask; see
             `bn_jax.batch_norm`.
+          renormalisation: as the attribute of that name, before which it goes; may be
+            traced.
 
         Returns:
           The normalised input, of x's shape; 0 where mask or weights are 0.
@@ -121,6 +132,8 @@ class BatchNorm(nnx.BatchNorm):
             dtype=self.dtype,
             mask=mask,
             weights=weights,
+            virtual_batch_size=self.virtual_batch_size,
+            renormalisation=renormalisation or self.renormalisation,
             axis=self.axis,
             decay=self.momentum,
             eps=self.epsilon,

@@ -52,23 +52,23 @@ def init_population(
 
 
 def update_population(
-    population: PopulationMoments, batch: Moments
+    population: PopulationMoments, *batches: Moments
 ) -> PopulationMoments:
-    """Adds one batch.
+    """Adds a batch, or several.
 
     Args:
       population: of the batches so far.
-      batch: its moments, (features) each, shared over devices or not.
+      *batches: moments of each, (features), shared over devices or not.
 
     Returns:
-      The population with the batch, in its own dtype. No gradient flows into it.
+      The population with the batches, in its own dtype. No gradient flows into it.
     """
-    count, mean, var = (
-        field.astype(population.mean.dtype) for field in jax.lax.stop_gradient(batch)
-    )
-    has_values = (count > 0).astype(count.dtype)
-    alone = PopulationMoments(count, mean, var, var, has_values)
-    return merge_populations(population, alone)
+    added = []
+    for batch in jax.lax.stop_gradient(batches):
+        count, mean, var = (field.astype(population.mean.dtype) for field in batch)
+        has_values = (count > 0).astype(count.dtype)
+        added.append(PopulationMoments(count, mean, var, var, has_values))
+    return merge_populations(population, *added)
 
 
 def merge_populations(

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import Moments, check_weights, nonzero_count
 from bn_jax.params import BatchNormParams
+from bn_jax.population import PopulationMoments, Statistics, update_population
 from bn_jax.statistics import BatchStats, update_stats
 from bn_jax.transform import batch_norm
 
 
 def ghost_batch_norm(
     params: BatchNormParams,
-    stats: BatchStats,
+    stats: Statistics,
     x: jax.Array,
     *,
     train: bool,
@@ -28,7 +29,7 @@ def ghost_batch_norm(
     weights: jax.Array | None = None,
     activation: str | None = None,
     unbiased: bool = True,
-) -> tuple[jax.Array, BatchStats]:
+) -> tuple[jax.Array, Statistics]:
     """Batch normalisation over virtual batches (Hoffer, Hubara & Soudry 2017).
 
     Training divides the batch, in its order, into virtual batches of one size and
@@ -46,7 +47,8 @@ def ghost_batch_norm(
 
     Args:
       params: scale and bias, (features) each; None for either leaves it out.
-      stats: mean and variance, (features) each, float32 or float64.
+      stats: mean and variance, (features) each, float32 or float64. In training also
+        `PopulationMoments`, which gather the virtual batches.
       x: any rank; float16, bfloat16, float32 or float64.
       train: normalise by the virtual batches (True) or by the statistics (False).
       virtual_batch_size: examples of a virtual batch; divides the size of the batch.
@@ -88,7 +90,7 @@ def ghost_batch_norm(
         # With a decay of 0 the new statistics are the virtual batch's own.
         y, own = batch_norm(
             params,
-            stats,
+            BatchStats(stats.mean, stats.var),
             x,
             train=True,
             axis=layout.feature_axes,
@@ -110,8 +112,11 @@ def ghost_batch_norm(
     y, parts = jax.vmap(
         normalise, in_axes=(batch_axis, weights_axis), out_axes=(batch_axis, 0)
     )(divide(x), weights)
+    y = y.reshape(x.shape)
+    if isinstance(stats, PopulationMoments):
+        return y, update_population(stats, *map(Moments, *parts))
     average = _average(parts, unbiased)
-    return y.reshape(x.shape), update_stats(stats, average, decay=decay, unbiased=False)
+    return y, update_stats(stats, average, decay=decay, unbiased=False)
 
 
 def _divide(array: jax.Array, axis: int, size: int) -> jax.Array:

@@ -1,11 +1,15 @@
-"""Dtypes, masks and promotion: as Flax has them, on the same input."""
+"""Dtypes and masks, as Flax has them on the same input; small batches, as the core."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import bn_jax
+from bn_jax import BatchNormParams, BatchStats
+from bn_jax import nnx as nnx_module
 from bn_jax.linen import BatchNorm
 from tests.bn_jax.reference import lenient
 
@@ -111,3 +115,91 @@ def test_float64_stays():
     )
     assert y.dtype == jnp.float64
     assert updated["batch_stats"]["mean"].dtype == jnp.float64
+
+
+def core(function, train, **options):
+    params = BatchNormParams(**VARIABLES["params"])
+    stats = BatchStats(**VARIABLES["batch_stats"])
+    y, stats = function(params, stats, X, train=train, eps=1e-5, **options)
+    return y, stats
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_virtual_batches(train):
+    y, updated = apply(BatchNorm, X, train, virtual_batch_size=2)
+    expected, stats = core(bn_jax.ghost_batch_norm, train, virtual_batch_size=2)
+    np.testing.assert_array_equal(y, expected)
+    for name, values in updated["batch_stats"].items():
+        np.testing.assert_array_equal(values, getattr(stats, name))
+    # Any batch will do for shapes.
+    BatchNorm(False, virtual_batch_size=2).init(jax.random.key(0), X[:1])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_renormalisation(train):
+    y, updated = apply(BatchNorm, X, train, renormalisation=(1.5, 0.5))
+    expected, stats = core(bn_jax.batch_renorm, train, r_max=1.5, d_max=0.5)
+    np.testing.assert_array_equal(y, expected)
+    for name, values in updated["batch_stats"].items():
+        np.testing.assert_array_equal(values, getattr(stats, name))
+
+
+def test_limits_of_the_call_go_first_and_may_be_traced():
+    @jax.jit
+    def train(r_max):
+        return BatchNorm(False, renormalisation=(3.0, 5.0)).apply(
+            VARIABLES, X, renormalisation=(r_max, 0.25), mutable=["batch_stats"]
+        )[0]
+
+    expected, _ = core(bn_jax.batch_renorm, True, r_max=1.25, d_max=0.25)
+    np.testing.assert_allclose(train(1.25), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("renormalisation", [None, (1.5, 0.5)])
+@pytest.mark.parametrize("train", [True, False])
+def test_nnx_has_both_too(train, renormalisation):
+    virtual = None if renormalisation else 3
+    layer = nnx_module.BatchNorm(
+        5,
+        rngs=nnx.Rngs(0),
+        use_running_average=not train,
+        virtual_batch_size=virtual,
+        renormalisation=renormalisation,
+    )
+    for values in VARIABLES.values():
+        for name, value in values.items():
+            getattr(layer, name)[...] = jnp.asarray(value)
+    options = {"virtual_batch_size": virtual, "renormalisation": renormalisation}
+    expected, updated = apply(BatchNorm, X, train, **options)
+    np.testing.assert_array_equal(layer(X), expected)
+    np.testing.assert_array_equal(layer.var[...], updated["batch_stats"]["var"])
+    if renormalisation:
+        plain, _ = apply(BatchNorm, X, train)
+        layer.renormalisation = None
+        np.testing.assert_array_equal(layer(X, renormalisation=(1, 0)).shape, X.shape)
+        assert train == (not np.allclose(expected, plain))
+
+
+def test_gathers_virtual_batches_and_leaves_renormalisation_out():
+    def estimate(**options):
+        def run(batch_stats, x):
+            variables = {**VARIABLES, "batch_stats": batch_stats}
+            module = BatchNorm(False, **options)
+            return module.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+        stats = VARIABLES["batch_stats"]
+        return bn_jax.population_statistics(run, stats, [X, 2 * X])
+
+    found = estimate(virtual_batch_size=2)
+    parts = np.concatenate([X, 2 * X]).astype(np.float64).reshape(6, -1, 5)
+    np.testing.assert_allclose(found["mean"], parts.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], parts.var(1, ddof=1).mean(0), rtol=1e-5)
+    renormalised, plain = estimate(renormalisation=(1.5, 0.5)), estimate()
+    np.testing.assert_array_equal(renormalised["var"], plain["var"])
+
+
+def test_what_virtual_batches_exclude_is_said():
+    for options in ({"axis_name": "a"}, {"renormalisation": (1.0, 0.0)}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"virtual_batch_size and {name} were"):
+            apply(BatchNorm, X, virtual_batch_size=2, **options)

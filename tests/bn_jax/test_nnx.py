@@ -95,6 +95,7 @@ def test_values_of_linens_module_fit():
 def test_constructor_is_flaxs():
     ours, flaxs = vars(module()), vars(module(nnx.BatchNorm))
     own = {"activation", "unbiased", "frozen"}
+    own |= {"virtual_batch_size", "renormalisation"}
     assert set(ours) - set(flaxs) == own
     assert not set(flaxs) - set(ours)
     settings = {
