@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bn_jax import arguments, collectives
 from bn_jax.collectives import AxisIndexGroups, AxisName
+from bn_jax.fusion import computed_once, position_sums
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import (
     Moments,
@@ -150,13 +151,12 @@ def _normalise_by_statistics(
     x: jax.Array,
     weights: jax.Array | None,
 ) -> jax.Array:
-    mean, var = jax.lax.stop_gradient(stats)
     dtype = statistics_dtype(x)
-    inverse_std = jax.lax.rsqrt(var.astype(dtype) + eps)
+    mean, var = (field.astype(dtype) for field in jax.lax.stop_gradient(stats))
+    inverse_std = jax.lax.rsqrt(var + eps)
     if weights is not None:
         x = jnp.where(weights == 0, 0, x)
-    normalised = _standardise(layout, x, mean.astype(dtype), inverse_std)
-    return _finish(layout, activation, params, normalised, weights).astype(x.dtype)
+    return _normalise(layout, activation, params, x, weights, mean, inverse_std)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,11 +178,10 @@ def _normalise_by_batch_forward(
     layout = options.layout
     batch = shared_moments(x, layout, weights, options.axis_name, options.groups)
     batch = Moments(*(checkpoint_name(field, MOMENTS_NAME) for field in batch))
-    inverse_std = jax.lax.rsqrt(batch.var + options.eps)
-    normalised = _standardise(layout, x, batch.mean, inverse_std)
-    y = _finish(layout, options.activation, params, normalised, weights)
-    residuals = _Residuals(params, x, weights, batch.count, batch.mean, inverse_std)
-    return (y.astype(x.dtype), batch), residuals
+    mean, inverse_std = batch.mean, jax.lax.rsqrt(batch.var + options.eps)
+    y = _normalise(layout, options.activation, params, x, weights, mean, inverse_std)
+    residuals = _Residuals(params, x, weights, batch.count, mean, inverse_std)
+    return (y, batch), residuals
 
 
 def _normalise_by_batch_backward(
@@ -204,48 +203,48 @@ def _normalise_by_batch_backward(
     """
     params, x, weights, total_weight, mean, inverse_std = residuals
     layout = options.layout
+    scale, bias = _filled(params, mean)
+    mean, slope, bias = computed_once(mean, inverse_std * scale, bias)
     grad = cotangents[0].astype(mean.dtype)
-    normalised = _standardise(layout, x, mean, inverse_std)
+    centred = _centre(layout, x, mean)
     passes = None if weights is None else weights != 0
     if passes is not None:
-        normalised = jnp.where(passes, normalised, 0)
+        centred = jnp.where(passes, centred, 0)
     if options.activation == "relu":
-        positive = _scale_and_shift(layout, params, normalised) > 0
+        positive = _scale_and_shift(layout, centred, slope, bias) > 0
         passes = positive if passes is None else passes & positive
     if passes is not None:
         grad = jnp.where(passes, grad, 0)
 
-    scale = jnp.ones_like(mean) if params.scale is None else params.scale
-    scale = scale.astype(mean.dtype)
-    sums = jnp.stack(
-        [
-            jnp.sum(grad, axis=layout.position_axes),
-            jnp.sum(grad * normalised, axis=layout.position_axes),
-        ]
-    )
+    grad_sum, product_sum = position_sums(layout, grad, grad * centred)
+    sums = jnp.stack([grad_sum, product_sum * inverse_std])
     # Devices may hold different scales, so what flows through the moments they share is
     # scaled before it is summed. The unscaled sums come along for parameters that are
     # one for all devices, whose gradients would need a collective of their own.
     totals = collectives.group_sum(
         jnp.concatenate([scale[None] * sums, sums]), options.axis_name, options.groups
     )
-    scaled_grad_sum, scaled_product_sum = (layout.expand(row) for row in totals[:2])
-    m = layout.expand(nonzero_count(total_weight))
-    through_moments = (scaled_grad_sum + normalised * scaled_product_sum) / m
+    m = nonzero_count(total_weight)
+    scaled_grad_mean, scaled_product_mean = totals[0] / m, totals[1] / m
+    moments_slope, moments_shift = computed_once(
+        jnp.square(inverse_std) * scaled_product_mean, inverse_std * scaled_grad_mean
+    )
+    through_moments = _scale_and_shift(layout, centred, moments_slope, moments_shift)
     if weights is not None:
         through_moments = weights * through_moments
-    grad_x = layout.expand(inverse_std) * (
-        layout.expand(scale) * grad - through_moments
-    )
+    grad_x = layout.expand(slope) * grad - through_moments
 
     grad_weights = None
     if weights is not None:
-        var_share = 1 - options.eps * layout.expand(jnp.square(inverse_std))
+        normalised = layout.expand(inverse_std) * centred
+        var_share = layout.expand(1 - options.eps * jnp.square(inverse_std))
         per_value = (
-            scaled_grad_sum * normalised
-            + scaled_product_sum * (jnp.square(normalised) - var_share) / 2
+            layout.expand(scaled_grad_mean) * normalised
+            + layout.expand(scaled_product_mean)
+            * (jnp.square(normalised) - var_share)
+            / 2
         )
-        grad_weights = jnp.where(weights == 0, 0, -per_value / m)
+        grad_weights = jnp.where(weights == 0, 0, -per_value)
         shared_axes = [i for i, size in enumerate(weights.shape) if size == 1]
         grad_weights = jnp.sum(grad_weights, axis=shared_axes, keepdims=True)
         grad_weights = collectives.match_varying(grad_weights, weights)
@@ -271,34 +270,40 @@ def _normalise_by_batch_backward(
 _normalise_by_batch.defvjp(_normalise_by_batch_forward, _normalise_by_batch_backward)
 
 
-def _standardise(
-    layout: Layout, x: jax.Array, mean: jax.Array, inverse_std: jax.Array
-) -> jax.Array:
-    # Centred before it is scaled: x * inverse_std alone rounds away the difference
-    # from the mean when the mean is large.
-    centred = x.astype(mean.dtype) - layout.expand(mean)
-    return centred * layout.expand(inverse_std)
-
-
-def _scale_and_shift(
-    layout: Layout, params: BatchNormParams, normalised: jax.Array
-) -> jax.Array:
-    y = normalised
-    if params.scale is not None:
-        y = y * layout.expand(params.scale.astype(y.dtype))
-    if params.bias is not None:
-        y = y + layout.expand(params.bias.astype(y.dtype))
-    return y
-
-
-def _finish(
+def _normalise(
     layout: Layout,
     activation: str | None,
     params: BatchNormParams,
-    normalised: jax.Array,
+    x: jax.Array,
     weights: jax.Array | None,
+    mean: jax.Array,
+    inverse_std: jax.Array,
 ) -> jax.Array:
-    y = _scale_and_shift(layout, params, normalised)
+    scale, bias = _filled(params, mean)
+    mean, slope, bias = computed_once(mean, inverse_std * scale, bias)
+    centred = _centre(layout, x, mean)
+    y = _scale_and_shift(layout, centred, slope, bias)
     if activation == "relu":
         y = jnp.maximum(y, 0)
-    return y if weights is None else jnp.where(weights == 0, 0, y)
+    if weights is not None:
+        y = jnp.where(weights == 0, 0, y)
+    return y.astype(x.dtype)
+
+
+def _filled(params: BatchNormParams, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and bias in another array's dtype, 1 and 0 where they are missing."""
+    scale = jnp.ones_like(like) if params.scale is None else params.scale
+    bias = jnp.zeros_like(like) if params.bias is None else params.bias
+    return scale.astype(like.dtype), bias.astype(like.dtype)
+
+
+def _centre(layout: Layout, x: jax.Array, mean: jax.Array) -> jax.Array:
+    # Before anything is scaled: x * inverse_std alone rounds away the difference from
+    # the mean when the mean is large.
+    return x.astype(mean.dtype) - layout.expand(mean)
+
+
+def _scale_and_shift(
+    layout: Layout, values: jax.Array, scale: jax.Array, shift: jax.Array
+) -> jax.Array:
+    return values * layout.expand(scale) + layout.expand(shift)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen
 
+from bn_jax import moments
 from tests.bn_jax.reference import (
     Problem,
     Step,
@@ -95,3 +96,29 @@ def test_sharing_is_as_accurate(mode, mean):
         error = np.abs(step.y - expected_step(problem).y).max()
         # Two roundings: each device's mean, and the mean of them.
         assert error <= 1.2 * np.spacing(np.float32(mean)) + 1e-6
+
+
+@pytest.mark.parametrize("mean", [0, 300, 1e4])
+@pytest.mark.parametrize("first", [0.0, 1e6, -3.0])
+def test_error_where_the_first_values_are_unlike_the_rest(first, mean):
+    """The shift of the variance is taken from them, and they are a sixteenth."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(mean, 1, (8192, 4)).astype(np.float32)
+    x[: len(x) // 16] = first
+    got = jax.jit(moments)(x)
+    exact = np.asarray(x, np.float64)
+    # At most 15 times the variance is subtracted, at 2^-24 a rounding.
+    np.testing.assert_allclose(got.var, exact.var(0), rtol=16 * 3 * 2**-24)
+    spread = exact.std(0).max()
+    error = np.abs(got.mean - exact.mean(0)).max()
+    assert error <= np.spacing(np.float32(abs(exact.mean(0)).max())) + 1e-6 * spread
+
+
+@pytest.mark.parametrize("mean", [0, 300, 1e4])
+def test_error_over_many_positions(mean):
+    """Where the shift is the mean of a part, the limits are those for few positions."""
+    for seed in SEEDS[:2]:
+        problem = make_hard_problem((16384, 4), mean, seed)
+        step, expected = actual_step(problem), expected_step(problem)
+        limit = 0.6 * np.spacing(np.float32(mean)) + 1e-6
+        assert largest_error("y", step, expected) <= limit

@@ -1,0 +1,98 @@
+"""Fewer passes over memory: what XLA's CPU back end computes in one loop, and once.
+
+On other platforms XLA fuses the plain form, which is used there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bn_jax.layout import Layout
+
+# As many parts are added in one loop. XLA unrolls it, and up to this length vectorises
+# what surrounds it, also where two inputs in bfloat16 are converted on the way.
+MAX_PARTS = 16
+# The library sums arrays from 4096 elements, more accurately than XLA's own loop, and
+# must get those that the parts' sums leave. What is smaller is in the cache anyway.
+MIN_SIZE = 4096 * MAX_PARTS
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def position_sums(layout: Layout, *values: jax.Array) -> list[jax.Array]:
+    """Sums several arrays over the positions, in the pass that computes them.
+
+    Plain sums of computed arrays are fast on CPU, but each array is written to memory
+    first, for a library to add up. So one reduction of all of them adds up parts of the
+    positions in the loop that computes the values, and the library gets only its short
+    results.
+
+    Args:
+      layout: that of the values.
+      *values: of one shape and dtype.
+
+    Returns:
+      As many sums, (features) each, in that dtype.
+    """
+    sums: list[jax.Array] = lax.platform_dependent(
+        *values,
+        cpu=functools.partial(_sum_parts, layout),
+        default=functools.partial(_sum, layout),
+    )
+    return sums
+
+
+@position_sums.defjvp
+def _position_sums_jvp(
+    layout: Layout, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    return position_sums(layout, *primals), _sum(layout, *tangents)
+
+
+def computed_once(*per_feature: jax.Array) -> list[jax.Array]:
+    """Keeps the computation of per-feature arrays out of the loops that use them.
+
+    On CPU XLA would repeat it for every position. Nothing is gained for one array that
+    is used only once.
+
+    Args:
+      *per_feature: of one shape and dtype.
+
+    Returns:
+      The arrays.
+    """
+    # XLA does not move a concatenation that is used in several places into a loop. (One
+    # array alone would be none.) The barrier keeps it from taking it apart again.
+    table = jnp.stack([*per_feature, per_feature[0]])
+    table = lax.platform_dependent(
+        table, cpu=lax.optimization_barrier, default=lambda table: table
+    )
+    return list(table[:-1])
+
+
+def _sum(layout: Layout, *values: jax.Array) -> list[jax.Array]:
+    return [jnp.sum(value, axis=layout.position_axes) for value in values]
+
+
+def _sum_parts(layout: Layout, *values: jax.Array) -> list[jax.Array]:
+    shape = values[0].shape
+    # Along the last axis there is nothing left to vectorise within a part.
+    axes = [axis for axis in layout.position_axes if axis < len(shape) - 1]
+    if not axes or values[0].size < MIN_SIZE:
+        return _sum(layout, *values)
+    axis = max(axes, key=lambda axis: _num_parts(shape[axis]))
+    parts = _num_parts(shape[axis])
+    split = (*shape[:axis], shape[axis] // parts, parts, *shape[axis + 1 :])
+    zero = jnp.zeros((), values[0].dtype)
+    partial_sums = lax.reduce(
+        tuple(value.reshape(split) for value in values),
+        (zero,) * len(values),
+        lambda left, right: tuple(map(jnp.add, left, right)),
+        (axis + 1,),
+    )
+    return _sum(layout, *partial_sums)
+
+
+def _num_parts(size: int) -> int:
+    return max(parts for parts in range(1, MAX_PARTS + 1) if size % parts == 0)
