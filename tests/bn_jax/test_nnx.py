@@ -150,6 +150,11 @@ def test_promotion_by_flaxs_function_rounds_as_flax_does():
     found = ours(x, use_running_average=True)
     assert found.dtype == expected.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=0.05)
+    # A mean of 100.3 is 100.5 in bfloat16, and the difference from it 0.
+    ours = module(**options)
+    ours.mean[...] = jnp.full(5, 100.3)
+    y = ours(jnp.full((2, 5), 100.5, jnp.bfloat16), use_running_average=True)
+    np.testing.assert_array_equal(np.float32(y), np.zeros((2, 5)))
 
 
 def test_rounds_no_statistic_at_inference_in_half_precision():

@@ -220,6 +220,15 @@ def test_batch_norm_gathers_without_decay_or_gradient():
         np.testing.assert_array_equal(found, expected)
 
 
+def test_no_gradient_flows_into_a_population():
+    def total(x):
+        population = update_population(init_population(3), moments(x))
+        return sum(field.sum() for field in population)
+
+    x = RANDOM.normal(size=(8, 3)).astype(np.float32)
+    assert not np.any(jax.grad(total)(x))
+
+
 def test_gathering_statistics_are_not_for_inference():
     x = np.ones((4, 3), np.float32)
     with pytest.raises(TypeError, match="finalize_population"):
