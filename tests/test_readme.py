@@ -9,16 +9,21 @@ import jax.numpy as jnp
 
 import bn_jax
 import bn_jax.linen
+import bn_jax.nnx
+from tests.experiments.make_stored import MODEL
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_api_in_one_screen():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+CORE, MORE, FLAX, CHECKPOINT = re.findall(
+    r"```python\n(.*?)```", README.read_text(), re.DOTALL
+)
 
+
+def test_the_api_in_one_screen():
     def run(x: jax.Array, mask: jax.Array) -> Any:
         names = {"x": x, "mask": mask, "other": bn_jax.moments(x)}
-        exec(code, names)
+        exec(CORE, names)
         return [names[name] for name in ("y", "stats", "scale", "shift", "moments")]
 
     x = jax.random.normal(jax.random.key(0), (2, 8, 64))
@@ -31,6 +36,49 @@ def test_the_api_in_one_screen():
     assert (moments.count == 16).all()
     assert jnp.allclose(moments.mean, x.mean(1), atol=1e-6)
     assert stats.mean.shape == (2, 64)
+
+
+def test_beyond_one_batch():
+    params, stats = bn_jax.init_params(8), bn_jax.init_stats(8)
+    batches = jax.random.normal(jax.random.key(0), (4, 64, 8)) + 3
+
+    def run(stats: Any, x: jax.Array) -> Any:
+        return bn_jax.batch_norm(params, stats, x, train=True)[1]
+
+    def loss_function(batch_norm: Any, params: Any, stats: Any, x: jax.Array) -> Any:
+        y, stats = batch_norm(params, stats, x)
+        return jnp.sum(y**3), stats
+
+    names = {
+        **{"bn_jax": bn_jax, "params": params, "stats": stats, "run": run},
+        **{"batches": batches, "x": batches[0], "loss_function": loss_function},
+        **{"parts": batches, "kernel": jnp.ones((3, 3, 4, 8)), "bias": None},
+    }
+    exec(MORE, names)
+    # Of the population, then moved by one batch each, and by all of them.
+    assert jnp.allclose(names["stats"].mean, batches.mean((0, 1)), atol=0.05)
+    assert names["kernel"].shape == (3, 3, 4, 8)
+    assert names["bias"].shape == (8,)
+    assert names["y"].shape == (64, 8)
+    assert names["grads"].scale.shape == (8,)
+
+
+def test_flax_modules():
+    names: dict[str, Any] = {}
+    exec(FLAX, names)
+    assert names["BatchNorm"] is bn_jax.nnx.BatchNorm
+    assert callable(names["fold_batch_norms"])
+
+
+def test_a_checkpoint_in_a_model_of_ones_own(tmp_path, monkeypatch):
+    stored = README.parent / "tests/experiments/stored/format_1/checkpoints"
+    (tmp_path / "runs/inception").mkdir(parents=True)
+    (tmp_path / "runs/inception/population").symlink_to(stored)
+    monkeypatch.chdir(tmp_path)
+    images = jnp.ones((2, 4))
+    names = {"model": MODEL, "images": images}
+    exec(CHECKPOINT, names)
+    assert names["logits"].shape == (2, MODEL.num_classes)
 
 
 def test_everything_public_is_named():
