@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ class Checkpoints:
             step: read_score(self._directory / str(step))
             for step in stored_steps(self._directory)
         }
+        logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(self._scores),
             cleanup_tmp_directories=True,  # of killed runs
@@ -265,6 +267,11 @@ def _free_name(folder: Path) -> Path:
         count += 1
         aside = folder.with_name(f"{folder.name}.damaged-{count}")
     return aside
+
+
+def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out the errors that Orbax logs: it raises them, too."""
+    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:

@@ -216,8 +216,9 @@ def listing(lines: Sequence[str], most: int = 8) -> str:
 
 
 def cause_of(error: Exception) -> str:
-    """An error's message as one short line."""
-    return " ".join(str(error).split())[:200] or repr(error)
+    """An error's message as one short line: what was tried, and why it failed."""
+    text = " ".join(str(error).split()) or repr(error)
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-155:]}"
 
 
 @contextlib.contextmanager

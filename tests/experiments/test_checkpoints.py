@@ -450,7 +450,8 @@ def test_another_format_is_refused(directory, states):
 
 def test_failure_to_write_is_one_line(tmp_path, states, monkeypatch):
     manager = checkpoints_module.ocp.CheckpointManager
-    full = ValueError("RESOURCE_EXHAUSTED:\n No space left on device")
+    path = "a/long/path/" * 50
+    full = ValueError(f"EXHAUSTED: writing {path}:\n No space left on device")
 
     def failing(method):
         def call(*args, **kwargs):
@@ -464,10 +465,14 @@ def test_failure_to_write_is_one_line(tmp_path, states, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(manager, method, failing(getattr(manager, method)))
             with (
-                pytest.raises(CheckpointError, match=r"EXHAUSTED: No space .*remedy"),
+                pytest.raises(
+                    CheckpointError, match=r"EXHAUSTED: .* \.\.\. .* No space .*remedy"
+                ) as caught,
                 contextlib.closing(checkpoints),
             ):
                 checkpoints.save(1, states)
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
