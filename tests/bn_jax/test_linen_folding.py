@@ -309,7 +309,7 @@ REASONS = {
     "input": "its input is one of the model",
     "weight norm": "its input is a result of|not a parameter as it is stored",
     "transposed": "the kernel of up is transposed",
-    "activation": "its input is a result of",
+    "activation": "its input is a result of relu, not of a layer",
     "residual": "the output of dense is used elsewhere, too",
     "output": "the output of dense is used elsewhere, too",
     "sum": "its input is a result of add, not of a layer",
