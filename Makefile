@@ -17,7 +17,7 @@ test: $(environment)/installed-test
 	$(run) -m pytest --numprocesses=2
 
 test-slow: $(environment)/installed-test
-	$(run) -m pytest -m slow
+	$(run) -m pytest -m slow --numprocesses=2
 
 lint: $(environment)/installed-dev
 	$(run) -m ruff format --check

@@ -56,7 +56,13 @@ class ProcessGroup:
           folders: that they run in, where it is not the repository.
         """
         address = f"localhost:{free_port()}"
-        variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+        variables = {
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONUNBUFFERED": "1",
+            # Beside the folder, for all tests: most run the same programs.
+            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         self.processes = {}
         self._logs = {}

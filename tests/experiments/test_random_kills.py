@@ -16,6 +16,7 @@ import pytest
 
 from experiments.stored_checkpoint import read_metadata, stored_steps
 from tests.experiments.helpers import REPOSITORY, RESULTS, command_environment
+from tests.experiments.tiny_run import tiny_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +49,8 @@ KINDS = {
     ),
     "inception": Kind(
         [
-            *("tests.experiments.tiny_inception_run", "num_steps=400"),
-            *("eval_every=50", "checkpoint_every=5", "workdir="),
+            "tests.experiments.tiny_run",
+            *tiny_arguments("", num_steps=400, eval_every=50, checkpoint_every=5),
         ],
         400,
         ("metrics.jsonl", "summary.json", "config.json"),

@@ -14,9 +14,9 @@ def tiny_arguments(
     """The command line of a tiny run."""
     changed = TINY | changes
     return [
-        f"--workdir={workdir}",
         f"--config=experiments/configs/inception.py:{variant},small",
         *(f"--config.{key}={value}" for key, value in changed.items()),
+        f"--workdir={workdir}",
     ]
 
 
