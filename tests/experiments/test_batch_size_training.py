@@ -112,6 +112,7 @@ def test_orders():
     assert (make_order(labels, "skewed", options, 32, seed=1) != skewed).any()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tiny_images, tmp_path, monkeypatch, capsys):
     options = config(orders=("shuffled",))
     train = batch_size_training.train_setting
