@@ -16,7 +16,7 @@ from bn_jax.layout import Layout, make_layout
 # The shift of the variance is the mean of one position in so many, where that leaves
 # enough of them.
 SAMPLING = 16
-MIN_SAMPLE = 256
+MIN_SAMPLE = 64
 
 
 class Moments(NamedTuple):
