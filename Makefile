@@ -8,7 +8,7 @@ version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 environment := $(VENV)/.made-with-$(version)
 sources := pyproject.toml bn_jax/__init__.py
 
-.PHONY: mnist test test-slow lint types
+.PHONY: mnist test test-slow lint types benchmarks
 
 mnist: $(environment)/installed
 	$(run) -m experiments.mnist
@@ -18,6 +18,10 @@ test: $(environment)/installed-test
 
 test-slow: $(environment)/installed-test
 	$(run) -m pytest -m slow --numprocesses=2
+
+# With another Python that has TensorFlow: make benchmarks TENSORFLOW_PYTHON=...
+benchmarks: $(environment)/installed-benchmarks
+	$(run) -m benchmarks.all $(TENSORFLOW_PYTHON:%=--tensorflow_python=%)
 
 lint: $(environment)/installed-dev
 	$(run) -m ruff format --check

@@ -1,0 +1,209 @@
+"""A training step, and inference, of whole networks of which only the norm changes.
+
+BN-Inception and ResNet-50 as Flax modules: without normalisation, with ours, with ours
+and rematerialisation (the backward pass computes all but convolutions again), and with
+`flax.linen.BatchNorm`. `bn costs` is the step's time minus that of the network without
+normalisation. Memory is the compiled step's, beside arguments and results. Folded
+inference has a benchmark of its own, `python -m benchmarks.folding`.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import bn_jax.linen
+from benchmarks import measuring, programs, results
+from benchmarks.resnet import ResNet50
+from experiments.models.inception import KEEP_CONVOLUTIONS, Inception
+
+# Name, image size, width and batch.
+SETTINGS = {
+    "cpu": [("inception", 64, 0.25, 32), ("resnet50", 64, 0.5, 16)],
+    "gpu": [("inception", 224, 1.0, 256), ("resnet50", 224, 1.0, 256)],
+    "tiny": [("inception", 32, 1 / 16, 4), ("resnet50", 32, 1 / 16, 4)],
+}
+# XLA's convolutions in bfloat16 are many times slower on CPU, with any norm.
+DTYPES = {"cpu": ("float32",), "tiny": ("float32",), "gpu": ("float32", "bfloat16")}
+ROUNDS = 9
+
+
+class Contestant(NamedTuple):
+    """A way to normalise."""
+
+    norm: Callable[..., Any] | None
+    policy: Any = None  # of jax.checkpoint
+
+
+class FlaxNorm(nn.Module):
+    """Flax's with the interface that the networks expect of a norm."""
+
+    use_running_average: bool
+    activation: str | None = None
+    axis: Any = -1
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises, and applies ReLU if asked to."""
+        y = nn.BatchNorm(
+            use_running_average=self.use_running_average,
+            axis=self.axis,
+            dtype=self.dtype,
+        )(x)
+        return nn.relu(y) if self.activation == "relu" else y
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Measures, prints a table a network and writes the results."""
+    platform = "tiny" if arguments.tiny else jax.default_backend()
+    rounds = arguments.rounds or (2 if arguments.tiny else ROUNDS)
+    machine = results.machine()
+    rows = []
+    if platform not in SETTINGS:
+        platform = "gpu"
+    for setting in SETTINGS[platform]:
+        for dtype in DTYPES[platform]:
+            for mode in ("training", "inference"):
+                measured = measure(*setting, dtype=dtype, mode=mode, rounds=rounds)
+                _print(measured)
+                rows += measured
+    results.write(arguments.output, {"machine": machine, "rows": rows})
+
+
+def contestants() -> dict[str, Contestant]:
+    """The ways to normalise; ours is first."""
+    return {
+        "bn_jax": Contestant(bn_jax.linen.BatchNorm),
+        "bn_jax, rematerialised": Contestant(bn_jax.linen.BatchNorm, KEEP_CONVOLUTIONS),
+        "flax.linen": Contestant(FlaxNorm),
+        "no normalisation": Contestant(None),
+    }
+
+
+def measure(
+    network: str,
+    image_size: int,
+    width: float,
+    batch: int,
+    *,
+    dtype: str,
+    mode: str,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Times one network with every way to normalise.
+
+    Args:
+      network: "inception" or "resnet50".
+      image_size: height and width.
+      width: what its channels are multiplied by.
+      batch: images a step.
+      dtype: of the computation.
+      mode: "training" or "inference".
+      rounds: timed steps of each.
+
+    Returns:
+      A row a contestant.
+    """
+    images = jax.random.normal(jax.random.key(0), (batch, image_size, image_size, 3))
+    labels = jnp.arange(batch) % 10
+    calls, memory = {}, {}
+    for name, contestant in contestants().items():
+        if mode == "inference" and contestant.policy is not None:
+            continue
+        model = make_network(network, contestant.norm, width, dtype)
+        variables = jax.jit(functools.partial(model.init, train=True))(
+            jax.random.key(0), images[:2]
+        )
+        if mode == "training":
+            step = functools.partial(train_step, model, contestant.policy)
+        else:
+            step = functools.partial(_infer, model)
+        compiled = jax.jit(step).lower(variables, images, labels).compile()
+        memory[name] = programs.temporary_bytes(compiled)
+        calls[name] = functools.partial(_call, compiled, variables, images, labels)
+    timings = measuring.time_in_turns(calls, rounds)
+    bare = timings["no normalisation"].median
+    return [
+        {
+            "network": network,
+            "image_size": image_size,
+            "width": width,
+            "batch": batch,
+            "dtype": dtype,
+            "mode": mode,
+            "name": name,
+            **timing._asdict(),
+            "images_per_second": 1e3 * batch / timing.median,
+            "bn_costs": timing.median - bare,
+            "temporary_megabytes": memory[name] / 1e6,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def make_network(network: str, norm: Any, width: float, dtype: str) -> Any:
+    """BN-Inception or ResNet-50 with 10 classes."""
+    kinds = {"inception": Inception, "resnet50": ResNet50}
+    return kinds[network](num_classes=10, norm=norm, width=width, dtype=dtype)
+
+
+def train_step(
+    model: Any, policy: Any, variables: Any, images: Any, labels: Any
+) -> tuple[Any, Any]:
+    """One step of plain SGD; returns new parameters and statistics."""
+
+    def loss_of(params: Any) -> Any:
+        logits, new = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), new
+
+    if policy is not None:
+        loss_of = jax.checkpoint(loss_of, policy=policy)
+    grads, new = jax.grad(loss_of, has_aux=True)(variables["params"])
+    params = jax.tree.map(lambda p, g: p - 1e-3 * g, variables["params"], grads)
+    return params, new
+
+
+def _infer(model: Any, variables: Any, images: Any, labels: Any) -> Any:
+    del labels
+    return model.apply(variables, images, train=False)
+
+
+def _call(compiled: Any, variables: Any, images: Any, labels: Any, turn: int) -> None:
+    del turn
+    jax.block_until_ready(compiled(variables, images, labels))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    print(
+        f"\n{first['network']}, width {first['width']:g}, {first['batch']} images of "
+        f"{first['image_size']}x{first['image_size']}, {first['dtype']}, "
+        f"{first['mode']}"
+    )
+    columns = {
+        "": "name",
+        "ms": "median",
+        "25%": "low",
+        "75%": "high",
+        "time/ours": "ratio",
+        "images/s": "images_per_second",
+        "bn costs, ms": "bn_costs",
+        "memory, MB": "temporary_megabytes",
+    }
+    body = [[row[key] for key in columns.values()] for row in rows]
+    print(results.table(list(columns), body), flush=True)
+
+
+if __name__ == "__main__":
+    given = results.parse(__doc__, "network")
+    measuring.prepare(given.cores)
+    main(given)

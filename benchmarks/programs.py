@@ -1,0 +1,60 @@
+"""Facts about compiled programs, which no load on the machine changes."""
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_COLLECTIVE = re.compile(
+    r"= (\(.*?\)|\S+) (all-reduce|all-gather|all-to-all|reduce-scatter|"
+    r"collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak memory beside arguments and results."""
+    analysis: Any = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+def residual_bytes(function: Any, *args: Any) -> int:
+    """What reverse mode keeps between the forward and the backward pass."""
+    kept = jax.eval_shape(
+        lambda *args: jax.vjp(function, *args, has_aux=True)[1], *args
+    )
+    return sum(
+        leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(kept)
+    )
+
+
+def large_results(hlo: str, num_elements: int) -> int:
+    """Arrays of at least that size that a program's instructions write."""
+    entry = hlo[hlo.index("\nENTRY") :]
+    written = 0
+    for line in entry.splitlines():
+        match = re.search(r"= (\(.*?\)|\S+) ([\w-]+)\(", line)
+        if match and match[2] not in ("parameter", "tuple", "bitcast"):
+            written += sum(size >= num_elements for size in _sizes(match[1]))
+    return written
+
+
+def collectives(hlo: str) -> tuple[dict[str, int], int]:
+    """Counts the collectives of a program, and the bytes of their results."""
+    found = _COLLECTIVE.findall(hlo)
+    total = 0
+    for shapes, _ in found:
+        for _, bits, sizes in _ARRAY.findall(shapes):
+            total += int(bits) // 8 * _product(sizes)
+    return dict(Counter(name for _, name in found)), total
+
+
+def _sizes(shapes: str) -> list[int]:
+    return [_product(sizes) for _, _, sizes in _ARRAY.findall(shapes)]
+
+
+def _product(sizes: str) -> int:
+    return math.prod(int(size) for size in sizes.split(",") if size)

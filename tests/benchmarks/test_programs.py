@@ -1,0 +1,51 @@
+"""Facts about compiled programs, of programs in which they are known."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import programs
+
+HLO = """
+HloModule example
+
+%body (x: f32[8,4]) -> f32[8,4] {
+  ROOT %add.1 = f32[8,4]{1,0} add(%x, %x)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %loop = (f32[8,4]{1,0}, f32[8,4]{1,0}) fusion(%x), kind=kLoop, calls=%body
+  %small = f32[4]{0} reduce(%x), dimensions={0}
+  %sum = f32[4]{0} all-reduce(%small), to_apply=%add
+  %all = bf16[2,4]{1,0} all-gather(%small), dimensions={0}
+  ROOT %tuple.1 = (f32[8,4]{1,0}) tuple(%loop)
+}
+"""
+
+
+def test_large_results():
+    assert programs.large_results(HLO, 32) == 2
+    assert programs.large_results(HLO, 4) == 5
+    assert programs.large_results(HLO, 33) == 0
+
+
+def test_collectives():
+    counts, num_bytes = programs.collectives(HLO)
+    assert counts == {"all-reduce": 1, "all-gather": 1}
+    assert num_bytes == 4 * 4 + 8 * 2
+
+
+def test_residual_bytes():
+    def double_sine(scale, x):
+        return jnp.sin(x) * scale, None
+
+    # Of sin its cosine, and of the product both factors.
+    x = jnp.ones((16, 4))
+    kept = programs.residual_bytes(double_sine, jnp.ones(()), x)
+    assert kept == 2 * x.nbytes + 4
+
+
+def test_temporary_bytes():
+    x = jnp.ones((256, 256))
+    compiled = jax.jit(lambda x: (x @ x) @ x).lower(x).compile()
+    assert programs.temporary_bytes(compiled) >= x.nbytes
