@@ -27,6 +27,7 @@ STYLES = {
     "group_norm": {"color": "tab:orange", "marker": "^"},
     "instance_norm": {"color": "tab:purple", "marker": "x", "linestyle": ":"},
 }
+ACCURACY_TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99)
 
 
 def summarise(
@@ -116,13 +117,28 @@ def draw(summary: Mapping[str, Any]) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(size) for size in ticks])
         panel.set_xlabel("batch size")
+        # By the logarithm of the error: 96% is as far from 92% as 92% from 84%.
+        panel.set_yscale("function", functions=(_from_accuracy, _to_accuracy))
+        best = max(entry["test"]["mean"] for entry in results)
+        top = max(98, (100 + best) / 2)
+        shown = [tick for tick in ACCURACY_TICKS if tick <= top]
+        panel.set_yticks(shown, [str(tick) for tick in shown])
+        panel.set_ylim(0, top)
         panel.set_title(_title(order, summary["config"]))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(
         f"test accuracy after {summary['config']['num_examples']:,} examples, %"
     )
-    panels[0].legend(fontsize="small")
+    panels[-1].legend(fontsize="small", loc="lower left")
     return figure
+
+
+def _from_accuracy(accuracy: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(100 - accuracy, 0.1))
+
+
+def _to_accuracy(height: np.ndarray) -> np.ndarray:
+    return 100 - np.exp(-height)
 
 
 def _title(order: str, config: Mapping[str, Any]) -> str:
