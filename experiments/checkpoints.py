@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import orbax.checkpoint as ocp
 from experiments import provenance
 from experiments.agreement import as_first_process, first_message
 from experiments.metrics import finite
+from experiments.orbax_leftovers import silence_leftovers
 from experiments.processes import TOLD, on_first, say
 from experiments.stored_checkpoint import (
     ARRAY_ITEMS,
@@ -128,7 +128,7 @@ class Checkpoints:
             step: read_score(self._directory / str(step))
             for step in stored_steps(self._directory)
         }
-        logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
+        silence_leftovers()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(self._scores),
             cleanup_tmp_directories=True,  # of killed runs
@@ -267,11 +267,6 @@ def _free_name(folder: Path) -> Path:
         count += 1
         aside = folder.with_name(f"{folder.name}.damaged-{count}")
     return aside
-
-
-def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
-    """Leaves out the errors that Orbax logs: it raises them, too."""
-    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
 
 
 def _split(states: Mapping[str, TrainState]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.orbax_leftovers import silence_leftovers
 from experiments.training import TrainState
 from experiments.workdir import WorkdirError
 
@@ -238,6 +239,7 @@ def _checksum_of_json(content: Mapping[str, Any]) -> str:
 
 
 def _read_item(path: Path) -> Any:
+    silence_leftovers()
     # A checkpointer, the layer above, would wait for other processes.
     handler = ocp.PyTreeCheckpointHandler()
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
