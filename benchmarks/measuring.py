@@ -46,7 +46,7 @@ def prepare(cores: int | None) -> None:
 
 
 def time_in_turns(
-    contestants: Mapping[str, Callable[[int], Any]], rounds: int
+    contestants: Mapping[str, Callable[[int], Any]], rounds: int, repeats: int = 1
 ) -> dict[str, Timing]:
     """Times calls in turns, each round in another order.
 
@@ -54,6 +54,7 @@ def time_in_turns(
       contestants: called with the number of the round, so that inputs can rotate; they
         return when their work is done. All are called twice before.
       rounds: timed calls of each.
+      repeats: how often a call does its work; times are of once.
 
     Returns:
       For each contestant its times. The ratio compares within a round, so that what
@@ -67,7 +68,7 @@ def time_in_turns(
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(elapsed(contestants[name], turn))
+            times[name].append(elapsed(contestants[name], turn) / repeats)
     first = np.array(times[names[0]])
     return {name: timing(np.array(taken), first) for name, taken in times.items()}
 

@@ -2,19 +2,23 @@
 
 BN-Inception and ResNet-50 as Flax modules: without normalisation, with ours, with ours
 and rematerialisation (the backward pass computes all but convolutions again), and with
-`flax.linen.BatchNorm`. `bn costs` is the step's time minus that of the network without
-normalisation. Memory is the compiled step's, beside arguments and results. Folded
-inference has a benchmark of its own, `python -m benchmarks.folding`.
+`flax.linen.BatchNorm`; on a GPU the same networks in torch, too, channels last. `bn
+costs` is the step's time minus that of the network without normalisation. Memory is the
+compiled step's, beside arguments and results. Folded inference has a benchmark of its
+own, `python -m benchmarks.folding`.
 """
 
 import argparse
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bn_jax.linen
@@ -30,7 +34,11 @@ SETTINGS = {
 }
 # XLA's convolutions in bfloat16 are many times slower on CPU, with any norm.
 DTYPES = {"cpu": ("float32",), "tiny": ("float32",), "gpu": ("float32", "bfloat16")}
+MODES = ("training", "inference")
 ROUNDS = 9
+BARE = "no normalisation"
+# Torch's, and whether its compiler is asked for.
+TORCH = {"torch": False, "torch, compiled": True}
 
 
 class Contestant(NamedTuple):
@@ -67,12 +75,18 @@ def main(arguments: argparse.Namespace) -> None:
     rows = []
     if platform not in SETTINGS:
         platform = "gpu"
-    for setting in SETTINGS[platform]:
-        for dtype in DTYPES[platform]:
-            for mode in ("training", "inference"):
-                measured = measure(*setting, dtype=dtype, mode=mode, rounds=rounds)
-                _print(measured)
-                rows += measured
+    networks, dtypes, modes, only = (
+        results.chosen(getattr(arguments, flag))
+        for flag in ("networks", "dtypes", "modes", "only")
+    )
+    for setting, dtype, mode in itertools.product(
+        [row for row in SETTINGS[platform] if networks is None or row[0] in networks],
+        dtypes or DTYPES[platform],
+        modes or MODES,
+    ):
+        measured = measure(*setting, dtype=dtype, mode=mode, rounds=rounds, only=only)
+        _print(measured)
+        rows += measured
     results.write(arguments.output, {"machine": machine, "rows": rows})
 
 
@@ -82,7 +96,7 @@ def contestants() -> dict[str, Contestant]:
         "bn_jax": Contestant(bn_jax.linen.BatchNorm),
         "bn_jax, rematerialised": Contestant(bn_jax.linen.BatchNorm, KEEP_CONVOLUTIONS),
         "flax.linen": Contestant(FlaxNorm),
-        "no normalisation": Contestant(None),
+        BARE: Contestant(None),
     }
 
 
@@ -95,6 +109,7 @@ def measure(
     dtype: str,
     mode: str,
     rounds: int,
+    only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Times one network with every way to normalise.
 
@@ -106,14 +121,17 @@ def measure(
       dtype: of the computation.
       mode: "training" or "inference".
       rounds: timed steps of each.
+      only: names of contestants; None for all.
 
     Returns:
-      A row a contestant.
+      A row a contestant. `bn_costs` is None without the one that has none.
     """
     images = jax.random.normal(jax.random.key(0), (batch, image_size, image_size, 3))
     labels = jnp.arange(batch) % 10
-    calls, memory = {}, {}
+    lowered, arguments = {}, {}
     for name, contestant in contestants().items():
+        if name not in (only or contestants()):
+            continue
         if mode == "inference" and contestant.policy is not None:
             continue
         model = make_network(network, contestant.norm, width, dtype)
@@ -124,11 +142,23 @@ def measure(
             step = functools.partial(train_step, model, contestant.policy)
         else:
             step = functools.partial(_infer, model)
-        compiled = jax.jit(step).lower(variables, images, labels).compile()
-        memory[name] = programs.temporary_bytes(compiled)
-        calls[name] = functools.partial(_call, compiled, variables, images, labels)
+        arguments[name] = variables, images, labels
+        lowered[name] = jax.jit(step).lower(*arguments[name])
+    # Compiling takes a minute each on a GPU, and most of it one core.
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+    memory = {name: programs.temporary_bytes(step) for name, step in compiled.items()}
+    calls = {
+        name: functools.partial(_call, step, *arguments[name])
+        for name, step in compiled.items()
+    }
+    if mode == "training" and jax.default_backend() == "gpu":
+        for name in (name for name in TORCH if name in (only or TORCH)):
+            calls[name], memory[name] = _torch(
+                network, width, images, labels, dtype, compiled=TORCH[name]
+            )
     timings = measuring.time_in_turns(calls, rounds)
-    bare = timings["no normalisation"].median
+    bare = timings[BARE].median if BARE in timings else None
     return [
         {
             "network": network,
@@ -140,11 +170,46 @@ def measure(
             "name": name,
             **timing._asdict(),
             "images_per_second": 1e3 * batch / timing.median,
-            "bn_costs": timing.median - bare,
+            "bn_costs": None if bare is None else timing.median - bare,
             "temporary_megabytes": memory[name] / 1e6,
         }
         for name, timing in timings.items()
     ]
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    return lowered.compile()
+
+
+def _torch(
+    network: str, width: float, images: Any, labels: Any, dtype: str, compiled: bool
+) -> tuple[Callable[[int], None], int]:
+    """Torch's step, and its memory beside parameters and images."""
+    import torch
+
+    from benchmarks import torch_networks
+
+    step = torch_networks.training_step(
+        *(network, width, np.asarray(images), np.asarray(labels)),
+        dtype=dtype,
+        compiled=compiled,
+    )
+    step()  # tunes and compiles, in memory that a step does not need
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    memory = torch.cuda.max_memory_allocated() - before
+    return functools.partial(_call_torch, step), memory
+
+
+def _call_torch(step: Callable[[], None], turn: int) -> None:
+    from benchmarks import peers
+
+    del turn
+    step()
+    peers.torch_wait()
 
 
 def make_network(network: str, norm: Any, width: float, dtype: str) -> Any:
@@ -204,6 +269,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    given = results.parse(__doc__, "network")
+    given = results.parse(
+        __doc__,
+        "network",
+        dtypes="only these, as bfloat16,float32",
+        modes="only these, of training,inference",
+        networks="only these, of inception,resnet50",
+        only="only these contestants, as bn_jax,flax.linen",
+    )
     measuring.prepare(given.cores)
     main(given)

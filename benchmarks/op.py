@@ -1,11 +1,11 @@
-"""Batch normalisation alone: training forward, and forward with backward, beside peers.
+"""Batch normalisation alone: training forward, backward, and both, beside peers.
 
 Every contestant gets the same random inputs, several sets in rotation that together do
 not fit in the cache, and is timed in turns with the others. The limit is what copying
-would take for the fewest passes: 3 forward, 8 with the backward pass (2 for a copy).
+would take for the fewest passes: 3 forward, 5 backward, 8 for both (2 for a copy).
 `temporary` is the compiled program's memory beside arguments and results, `kept` what
 reverse mode keeps, both in units of the input. The peers of the extra `benchmarks` that
-are not installed are skipped by name.
+are not installed are skipped by name. On a GPU the activations are 100 MB and larger.
 """
 
 import argparse
@@ -32,40 +32,53 @@ CONVOLUTIONS = {
         (256, 56, 56, 256),
         (256, 28, 28, 512),
         (256, 14, 14, 1024),
-        (256, 7, 7, 2048),
     ],
 }
 DENSE = [(60, 100), (8192, 4096)]
 TINY = [(4, 6, 6, 8), (8, 4)]
 DTYPES = ("float32", "bfloat16")
-PASSES = {"forward": 3, "forward and backward": 8}
+PASSES = {"forward": 3, "backward": 5, "forward and backward": 8}
 # With ReLU or without, and the passes.
 KINDS = (
     (True, "forward and backward"),
     (True, "forward"),
+    (True, "backward"),
     (False, "forward and backward"),
 )
 CACHE_BYTES = 64 << 20  # inputs of one contestant are at least as large together
 ROUNDS = 9
+NOT_COMPARED = ("bn_jax", "copy", "copy by torch")
+# On an accelerator so many calls are waited for together: sending one off takes as long
+# as a small one's work.
+REPEATS = {"cpu": 1, "gpu": 10}
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints tables and writes the results."""
     settings = [
         (*setting, relu, passes)
-        for setting in itertools.product(_shapes(arguments), DTYPES)
+        for setting in itertools.product(
+            _shapes(arguments), results.chosen(arguments.dtypes) or DTYPES
+        )
         for relu, passes in KINDS
+        if passes in (results.chosen(arguments.passes) or PASSES)
     ]
     from benchmarks import peers
 
-    _, missing = peers.installed()
+    only = results.chosen(arguments.only)
+    layers, missing = peers.installed()
+    if unknown := set(only or ()) - {*layers, *peers.TORCH}:
+        raise SystemExit(
+            f"error: --only names {', '.join(sorted(unknown))}; expected some of "
+            f"{', '.join([*layers, *peers.TORCH])}, with commas between."
+        )
     if missing:
         print(f"skipped, not installed: {', '.join(missing)}")
     machine = results.machine()
     rounds = arguments.rounds or (2 if arguments.tiny else ROUNDS)
     rows = []
     for shape, dtype, relu, passes in settings:
-        measured = measure(shape, dtype, relu, passes, rounds)
+        measured = measure(shape, dtype, relu, passes, rounds, only)
         _print(measured)
         rows += measured
     summary = summarise(rows)
@@ -76,8 +89,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _shapes(arguments: argparse.Namespace) -> Sequence[tuple[int, ...]]:
+    import jax
+
     if arguments.tiny:
         return TINY
+    if jax.default_backend() != "cpu":
+        return CONVOLUTIONS["large"]
     large = CONVOLUTIONS["large"] if arguments.large else []
     return [*CONVOLUTIONS["small"], *DENSE, *large]
 
@@ -101,7 +118,8 @@ def measure(
       only: names of contestants; None for all that are installed.
 
     Returns:
-      A row a contestant; the first is ours, the last a copy of the input.
+      A row a contestant; the first is ours, the last copies of the input: what XLA
+      makes of x + 1, and on a GPU also the driver's, which can be faster.
     """
     import jax
     import jax.numpy as jnp
@@ -112,36 +130,49 @@ def measure(
     input_bytes = size * jnp.dtype(dtype).itemsize
     num_sets = min(8, 1 + CACHE_BYTES // (2 * input_bytes))
     sets = _random(shape, num_sets)
-    backward = passes != "forward"
     calls: dict[str, Callable[[int], Any]] = {}
     facts: dict[str, dict[str, float]] = {}
     layers, missing = peers.installed()
-    names = [*layers, *({"torch"} - set(missing))] if only is None else only
+    torches = [] if "torch" in missing else list(peers.TORCH)
+    if jax.default_backend() == "cpu":
+        torches = torches[:1]  # whose compiler wants a C++ compiler there
+    names = [*layers, *torches] if only is None else only
+    repeats = REPEATS.get(jax.default_backend(), REPEATS["gpu"])
     inputs = [[jnp.asarray(a, dtype) for a in pair] for pair in sets]
     for name in (name for name in layers if name in names):
         layer = layers[name](shape, jnp.dtype(dtype), relu)
         own = inputs
         if layer.channels_first:
             own = [[jnp.moveaxis(a, -1, 1) for a in pair] for pair in inputs]
-        step = functools.partial(_step, layer, backward)
-        compiled = jax.jit(step).lower(layer.params, *own[0]).compile()
-        calls[name] = functools.partial(_call, compiled, layer.params, own)
+        step, arguments = _step(layer, passes, own)
+        step = jax.jit(step)
+        compiled = step.lower(*arguments[0]).compile()
+        # The jitted function, and not what was compiled, which takes longer to call.
+        calls[name] = functools.partial(_call, step, arguments, repeats)
         kept = programs.residual_bytes(layer.forward, layer.params, own[0][0])
         facts[name] = {
             "temporary": programs.temporary_bytes(compiled) / input_bytes,
             "kept": kept / input_bytes,
             "written": programs.large_results(compiled.as_text() or "", size // 2),
         }
-    if "torch" in names:
+    for name in (name for name in torches if name in names):
         steps = [
-            peers.torch_step(x, dy, dtype == "bfloat16", relu, backward)
-            for x, dy in sets
+            peers.torch_step(
+                *pair,
+                bfloat16=dtype == "bfloat16",
+                relu=relu,
+                passes=passes,
+                compiled=peers.TORCH[name],
+            )
+            for pair in sets
         ]
-        calls["torch"] = lambda turn: steps[turn % num_sets]()
-    copy = jax.jit(lambda params, x, dy: x + 1).lower(None, *inputs[0]).compile()
-    calls["copy"] = functools.partial(_call, copy, None, inputs)
-    timings = measuring.time_in_turns(calls, rounds)
-    limit = PASSES[passes] / 2 * timings["copy"].median
+        calls[name] = functools.partial(_call_torch, steps, repeats)
+    copies = {"copy": functools.partial(_call, jax.jit(_copy), inputs, repeats)}
+    if torches and repeats > 1:
+        steps = [peers.torch_copy(x, dtype == "bfloat16") for x, _ in sets]
+        copies["copy by torch"] = functools.partial(_call_torch, steps, repeats)
+    timings = measuring.time_in_turns(calls | copies, rounds, repeats)
+    limit = PASSES[passes] / 2 * min(timings[name].median for name in copies)
     return [
         {
             "shape": list(shape),
@@ -168,19 +199,55 @@ def _random(shape: tuple[int, ...], num_sets: int) -> list[list[Any]]:
     ]
 
 
-def _step(layer: Any, backward: bool, params: Any, x: Any, dy: Any) -> Any:
+def _step(
+    layer: Any, passes: str, inputs: Sequence[Sequence[Any]]
+) -> tuple[Callable[..., Any], list[tuple[Any, ...]]]:
+    """What is timed, and its arguments for each set of inputs."""
     import jax
 
-    if not backward:
-        return layer.forward(params, x)
-    y, pullback, stats = jax.vjp(layer.forward, params, x, has_aux=True)
-    return y, pullback(dy.astype(y.dtype)), stats
+    def forward(params: Any, x: Any) -> tuple[Any, Any, Any]:
+        return jax.vjp(layer.forward, params, x, has_aux=True)
+
+    def both(params: Any, x: Any, dy: Any) -> Any:
+        y, pullback, stats = forward(params, x)
+        return y, pullback(dy.astype(y.dtype)), stats
+
+    if passes == "forward and backward":
+        return both, [(layer.params, x, dy) for x, dy in inputs]
+    if passes == "forward":
+        return layer.forward, [(layer.params, x) for x, _ in inputs]
+    run = jax.jit(forward)
+    kept = [(run(layer.params, x), dy) for x, dy in inputs]
+    # Its own gradient's dtype is that of its output.
+    return lambda pullback, dy: pullback(dy), [
+        (pullback, dy.astype(y.dtype)) for (y, pullback, _), dy in kept
+    ]
 
 
-def _call(compiled: Any, params: Any, inputs: Any, turn: int) -> None:
+def _copy(x: Any, dy: Any) -> Any:
+    del dy
+    return x + 1
+
+
+def _call(
+    step: Callable[..., Any],
+    arguments: Sequence[Sequence[Any]],
+    repeats: int,
+    turn: int,
+) -> None:
     import jax
 
-    jax.block_until_ready(compiled(params, *inputs[turn % len(inputs)]))
+    for number in range(repeats):
+        result = step(*arguments[(turn + number) % len(arguments)])
+    jax.block_until_ready(result)
+
+
+def _call_torch(steps: Sequence[Callable[[], None]], repeats: int, turn: int) -> None:
+    from benchmarks import peers
+
+    for number in range(repeats):
+        steps[(turn + number) % len(steps)]()
+    peers.torch_wait()
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -194,7 +261,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     keys = ("dtype", "passes", "relu", "name")
     groups: dict[Any, list[float]] = {}
     for row in rows:
-        if len(row["shape"]) == 4 and row["name"] not in ("bn_jax", "copy"):
+        if len(row["shape"]) == 4 and row["name"] not in NOT_COMPARED:
             groups.setdefault(tuple(row[key] for key in keys), []).append(row["ratio"])
     for group, ratios in groups.items():
         summary.append(
@@ -232,7 +299,10 @@ def flags() -> argparse.Namespace:
     return results.parse(
         __doc__,
         "op",
-        large="anything: batch 256, too, which wants a GPU or 16 GB and an hour",
+        large="anything: batch 256, too, which wants 16 GB and an hour",
+        dtypes="only these, as bfloat16,float32",
+        passes="only these, of forward,backward,forward and backward",
+        only="only these contestants, as bn_jax,flax.linen",
     )
 
 

@@ -185,8 +185,18 @@ def installed() -> tuple[dict[str, Callable[..., Layer]], list[str]]:
     return found, missing
 
 
+# Torch's layer, with the sum of its operations or what its compiler makes of them.
+TORCH = {"torch": False, "torch, compiled": True}
+
+
 def torch_step(
-    x: np.ndarray, dy: np.ndarray, bfloat16: bool, relu: bool, backward: bool
+    x: np.ndarray,
+    dy: np.ndarray,
+    *,
+    bfloat16: bool,
+    relu: bool,
+    passes: str,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """One call of torch's layer in training, on the same kind of device as JAX's.
 
@@ -195,30 +205,60 @@ def torch_step(
       dy: the output's gradient.
       bfloat16: convert both.
       relu: apply ReLU, which torch does in an operation of its own.
-      backward: compute the gradients, too.
+      passes: "forward", "backward" or "forward and backward".
+      compiled: by `torch.compile`.
+
+    Returns:
+      The call, which on a GPU is not waited for.
     """
     import torch
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    device = torch_device()
     dtype = torch.bfloat16 if bfloat16 else torch.float32
 
     def convert(array: np.ndarray) -> Any:
         tensor = torch.from_numpy(array.copy()).to(device, dtype)
         return tensor.permute(0, 3, 1, 2) if array.ndim == 4 else tensor
 
+    backward = passes != "forward"
     layer_type = torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d
     layer = layer_type(x.shape[-1], eps=EPSILON, momentum=1 - DECAY, device=device)
+    network = torch.nn.Sequential(layer, torch.nn.ReLU()) if relu else layer
+    forward = torch.compile(network) if compiled else network
     inputs, gradient = convert(x).requires_grad_(backward), convert(dy)
+    kept = forward(inputs) if passes == "backward" else None
 
     def call() -> None:
         inputs.grad = layer.weight.grad = layer.bias.grad = None
+        if kept is not None:
+            kept.backward(gradient, retain_graph=True)
+            return
         with torch.set_grad_enabled(backward):
-            y = layer(inputs)
-            if relu:
-                y = torch.relu(y)
+            y = forward(inputs)
         if backward:
             y.backward(gradient)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     return call
+
+
+def torch_copy(x: np.ndarray, bfloat16: bool) -> Callable[[], Any]:
+    """A copy of an array by the driver; on a GPU it is not waited for."""
+    import torch
+
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    source = torch.from_numpy(x.copy()).to(torch_device(), dtype)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def torch_device() -> str:
+    """Where torch computes: on the same kind of device as JAX."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def torch_wait() -> None:
+    """Waits for what torch has under way."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()

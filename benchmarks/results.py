@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,6 +81,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
+
+
+def chosen(names: str | None) -> list[str] | None:
+    """A flag's value, names with commas between, as a list; None if not given."""
+    # A comma before a space is part of a name.
+    return None if names is None else re.split(r",(?! )", names)
 
 
 def machine() -> dict[str, Any]:

@@ -74,7 +74,11 @@ def run_sweep(
     places = [cores[place::jobs] or cores for place in range(jobs)]
     # Runs that differ in rate, length or seed alone compile the same programs.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute() / "compiled")}
-    failed = _run_tasks(tasks, places, environment | (KEEP_MEMORY if on_cpu else {}))
+    # An accelerator's memory is shared; a run would take most of it for itself.
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"}
+    failed = _run_tasks(
+        tasks, places, environment | (KEEP_MEMORY if on_cpu else memory)
+    )
     if failed:
         raise RunFailedError(
             f"{len(failed)} of {len(tasks)} runs failed, the first is "
