@@ -25,7 +25,7 @@ import numpy as np
 import bn_jax
 import bn_jax.linen
 import bn_jax.linen_folding
-from experiments.comparison_tables import table
+from experiments.running.markdown import table
 
 NO_SUCH_FUNCTION = "-"
 YES, NO = "yes", "no"

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 
 import bn_jax.linen
 from bn_jax.linen_folding import LAYERS, apply_folded, fold_batch_norms
-from experiments.comparison_tables import table
 from experiments.models.inception import Inception
 from experiments.models.layers import SeparableConv
 from experiments.models.mlp import MLP
+from experiments.running.markdown import table
 
 ROUNDS = 60
 INCEPTION = Inception(

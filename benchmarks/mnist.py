@@ -73,8 +73,9 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     import jax
     import numpy as np
 
-    from experiments import parallel, training
+    from experiments.distributed import parallel
     from experiments.models.mlp import MLP
+    from experiments.training import sgd
 
     model = MLP(
         hidden=HIDDEN,
@@ -85,7 +86,7 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     )
     models = {"batch_norm": model}
     state = jax.vmap(
-        lambda seed: training.init_state(
+        lambda seed: sgd.init_state(
             *(model, (images.shape[1],), jax.random.key(seed), RATE)
         )
     )(np.arange(1))
@@ -93,7 +94,7 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     data = parallel.replicate((images, labels))
     shares = parallel.shard(indices[:, None], axis=2)
     advance = parallel.map_over_devices(
-        functools.partial(training.train_steps, models, 1.0),
+        functools.partial(sgd.train_steps, models, 1.0),
         in_axes=(None, None, None, 0),
         donate_argnums=(0,),
     )

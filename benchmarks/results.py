@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.provenance import git_revision
+from experiments.running.provenance import git_revision
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (

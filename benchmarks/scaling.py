@@ -4,7 +4,7 @@ Times are of forward and backward passes of BN with ReLU, beside flax.linen's. F
 devices (8 host devices are forced) the collectives of the compiled program are counted
 and their results' bytes added up, which no load on the machine changes. A checkpoint is
 that of a training state of Inception with momentum, saved and restored by
-`experiments.checkpoints`.
+`experiments.checkpoints.saving`.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 import bn_jax.linen
 from benchmarks import measuring, op, peers, programs, results
-from experiments import training
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints.saving import Checkpoints
 from experiments.models.inception import Inception
+from experiments.training import sgd
 
 DEVICES = (1, 2, 4, 8)
 CONTESTANTS = ("bn_jax", "flax.linen")
@@ -107,9 +107,9 @@ def collectives_of(name: str, num_devices: int) -> dict[str, Any]:
 def checkpoint_of(width: float) -> dict[str, Any]:
     """Saves and restores a training state of Inception."""
     model = Inception(num_classes=1000, norm=bn_jax.linen.BatchNorm, width=width)
-    optimiser = training.make_optimiser(momentum=0.9)
+    optimiser = sgd.make_optimiser(momentum=0.9)
     state = jax.jit(
-        lambda key: training.init_state(model, (64, 64, 3), key, 0.1, optimiser)
+        lambda key: sgd.init_state(model, (64, 64, 3), key, 0.1, optimiser)
     )(jax.random.key(0))
     states = {"network": state}
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import commands
+from experiments.running import commands
 
 _STEP = flags.DEFINE_string(
     "step", "newest", "Which checkpoint to inspect or export: newest, best or a number."
@@ -39,15 +39,15 @@ def main(arguments: list[str]) -> None:
     # Imported here so that --help and wrong flags are answered at once.
     import jax
 
-    from experiments import checkpoint_export, checkpoint_report
-    from experiments.configuration import ConfigError
+    from experiments.checkpoints import export, report
+    from experiments.configs.checks import ConfigError
 
     # Nothing is trained here: accelerators are for the runs that may have them.
     jax.config.update("jax_platforms", "cpu")
     actions = {
-        "inspect": lambda folder: checkpoint_report.inspect(folder, _STEP.value),
-        "verify": checkpoint_report.verify,
-        "export": lambda folder: checkpoint_export.export(
+        "inspect": lambda folder: report.inspect(folder, _STEP.value),
+        "verify": report.verify,
+        "export": lambda folder: export.export(
             folder, _STEP.value, _OUTPUT.value, _NETWORK.value, _FOLD.value
         ),
     }

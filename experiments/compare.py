@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import commands
+from experiments.running import commands
 
 _OUTPUT = flags.DEFINE_string(
     "output", "runs/comparison", "Folder for the figures and tables."
@@ -36,22 +36,23 @@ _X = flags.DEFINE_enum(
 def main(arguments: list[str]) -> None:
     """Compares the runs in the folders that are given."""
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments import comparison, comparison_figures, comparison_tables
-    from experiments.figures import save
-    from experiments.run_results import read_runs
-    from experiments.workdir import WorkdirError, write_whole
+    from experiments.comparison import figures, tables
+    from experiments.comparison.numbers import compare, compare_rates
+    from experiments.comparison.run_results import read_runs
+    from experiments.running.figures import save
+    from experiments.running.workdir import WorkdirError, write_whole
 
     runs = read_runs([Path(argument) for argument in arguments])
     if _X.value == "learning_rate":
-        name, numbers = "rates", comparison.compare_rates(runs)
-        page = comparison_tables.rates_page(numbers)
-        pictures = {"rates": comparison_figures.accuracy_against_rate(numbers)}
+        name, numbers = "rates", compare_rates(runs)
+        page = tables.rates_page(numbers)
+        pictures = {"rates": figures.accuracy_against_rate(numbers)}
     else:
-        name, numbers = "comparison", comparison.compare(runs, _REFERENCE.value)
-        page = comparison_tables.comparison_page(numbers)
+        name, numbers = "comparison", compare(runs, _REFERENCE.value)
+        page = tables.comparison_page(numbers)
         pictures = {
-            "figure2": comparison_figures.figure2(numbers),
-            "figure3": comparison_figures.figure3(numbers),
+            "figure2": figures.figure2(numbers),
+            "figure3": figures.figure3(numbers),
         }
     output = Path(_OUTPUT.value)
     try:

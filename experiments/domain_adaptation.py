@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import commands
+from experiments.running import commands
 
 _OUTPUT = flags.DEFINE_string(
     "output", "runs/domain_adaptation", "Folder for the table and the numbers."
@@ -31,11 +31,13 @@ _BATCHES = flags.DEFINE_integer(
 def main(arguments: list[str]) -> None:
     """Trains, adapts and writes what came of it."""
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments import domains, parallel, provenance
+    from experiments.configs.checks import ConfigError
     from experiments.configs.mnist import get_config
-    from experiments.configuration import ConfigError
     from experiments.data.image_set import load_image_set
-    from experiments.workdir import WorkdirError, write_whole
+    from experiments.distributed import parallel
+    from experiments.mnist_experiment import domains
+    from experiments.running import provenance
+    from experiments.running.workdir import WorkdirError, write_whole
 
     if arguments:
         raise ConfigError(f"unexpected argument {arguments[0]!r} (see --help).")

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import commands
-from experiments.configuration import ConfigError
-from experiments.workdir import WorkdirError
+from experiments.configs.checks import ConfigError
+from experiments.running import commands
+from experiments.running.workdir import WorkdirError
 
 CROPS = ("1", "10", "144")
 
@@ -58,13 +58,13 @@ def main(arguments: list[str]) -> None:
     """Evaluates the runs in the folders that are given."""
     crops = parse_crops(_CROPS.value)
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments.run_results import read_runs
+    from experiments.comparison.run_results import read_runs
 
     runs = read_runs([Path(argument) for argument in arguments])
 
-    from experiments import ensemble, evaluation_tables, trained_networks
-    from experiments.figures import save
-    from experiments.workdir import write_whole
+    from experiments.ensembles import ensemble, tables, trained_networks
+    from experiments.running.figures import save
+    from experiments.running.workdir import write_whole
 
     trained_networks.check_runs(runs, _STATISTICS.value)
     data = trained_networks.open_data(runs, _DATA_DIR.value)
@@ -76,10 +76,10 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     numbers = ensemble.evaluate(networks, data, crops, _EXAMPLES.value)
-    page = evaluation_tables.figure4_page(numbers)
-    content = {**numbers, "paper": evaluation_tables.PAPER}
+    page = tables.figure4_page(numbers)
+    content = {**numbers, "paper": tables.PAPER}
     with _writing_to(output):
-        save(evaluation_tables.figure4(numbers), output / "figure4")
+        save(tables.figure4(numbers), output / "figure4")
         write_whole(output / "figure4.md", page)
         write_whole(output / "figure4.json", json.dumps(content, indent=2) + "\n")
     print(page)

@@ -20,8 +20,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands
 from experiments.configs import inception as default_config
+from experiments.running import commands
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -42,13 +42,13 @@ _DESCRIBE = flags.DEFINE_bool(
 def main(config: dict[str, Any]) -> None:
     """Runs the experiment that the configuration and the flags describe."""
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments import inception_training
+    from experiments.inception_experiment import training
 
     if _DESCRIBE.value:
-        print(inception_training.describe_network(config, _DATA_DIR.value))
+        print(training.describe_network(config, _DATA_DIR.value))
         return
     workdir = Path(_WORKDIR.value or f"runs/{config['variant']}")
-    inception_training.run(config, workdir, _DATA_DIR.value)
+    training.run(config, workdir, _DATA_DIR.value)
 
 
 if __name__ == "__main__":

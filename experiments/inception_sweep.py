@@ -17,9 +17,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import commands
 from experiments.configs.inception import SIZES
 from experiments.configs.inception_sweep import SWEEPS
+from experiments.running import commands
 
 _SWEEP = flags.DEFINE_enum("sweep", "variants", list(SWEEPS), "What is swept.")
 _SIZE = flags.DEFINE_enum("size", "small", list(SIZES), "How large the runs are.")
@@ -35,7 +35,7 @@ _WORKDIR = flags.DEFINE_string(
 def main(arguments: list[str]) -> None:
     """Runs the sweep that the flags describe."""
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments.sweeps import run_sweep
+    from experiments.inception_experiment.sweeps import run_sweep
 
     workdir = Path(_WORKDIR.value or f"runs/{_SWEEP.value}")
     run_sweep(

@@ -18,8 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands
 from experiments.configs import mnist as default_config
+from experiments.running import commands
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/mnist", "Folder for the results; a stopped run goes on there."
@@ -34,7 +34,7 @@ _DATA_DIR = flags.DEFINE_string(
 def main(config: dict[str, Any]) -> None:
     """Runs the experiment that the configuration and the flags describe."""
     # Imported here so that --help and wrong flags are answered at once.
-    from experiments.mnist_training import run
+    from experiments.mnist_experiment.training import run
 
     run(config, Path(_WORKDIR.value), _DATA_DIR.value)
 

@@ -18,8 +18,8 @@ nothing half-written is left where sets are looked for.
 
 from absl import flags
 
-from experiments import commands
-from experiments.configuration import ConfigError
+from experiments.configs.checks import ConfigError
+from experiments.running import commands
 
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import bn_jax
 import bn_jax.linen
 import bn_jax.nnx
-from tests.experiments.make_stored import MODEL
+from tests.experiments.checkpoints.make_stored import MODEL
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -71,7 +71,7 @@ def test_flax_modules():
 
 
 def test_a_checkpoint_in_a_model_of_ones_own(tmp_path, monkeypatch):
-    stored = README.parent / "tests/experiments/stored/format_1/checkpoints"
+    stored = README.parent / "tests/experiments/checkpoints/stored/format_1/checkpoints"
     (tmp_path / "runs/inception").mkdir(parents=True)
     (tmp_path / "runs/inception/population").symlink_to(stored)
     monkeypatch.chdir(tmp_path)
@@ -92,16 +92,26 @@ def test_everything_public_is_named():
 
 
 def test_files_of_the_architecture_exist():
-    listed = re.findall(
-        r"\b(\w+\.py)\b", README.read_text().split("## Architecture")[1]
+    """The map names every module of bn_jax, every command and every folder."""
+    (listing,) = re.findall(
+        r"## Architecture\n\n```\n(.*?)```", README.read_text(), re.DOTALL
     )
-    folders = [README.parent / name for name in ("bn_jax", "experiments")]
-    for name in listed:
-        assert any(list(folder.rglob(name)) for folder in folders), name
-    modules = {
-        path.name
-        for folder in folders
-        for path in folder.glob("*.py")
-        if path.name != "__init__.py"
+    listed = set()
+    package = folder = README.parent
+    for line in listing.splitlines():
+        if start := re.match(r"(\w+)/", line):
+            package = folder = README.parent / start[1]
+            listed.add(package)
+        elif start := re.match(r"  (\w+)/", line):
+            folder = package / start[1]
+            listed.add(folder)
+        elif re.match(r"  \w", line):
+            folder = package
+        listed |= {folder / name for name in re.findall(r"\b\w+\.py\b", line)}
+    assert [path for path in listed if not path.exists()] == []
+    packages = [README.parent / name for name in ("bn_jax", "experiments")]
+    expected = {path for each in packages for path in each.glob("*.py")}
+    expected |= {
+        path.parent for each in packages for path in each.glob("**/__init__.py")
     }
-    assert modules <= set(listed)
+    assert {path for path in expected if path.name != "__init__.py"} <= listed

@@ -1,1 +1,1 @@
-"""One file per experiment: every choice it makes, with its reason."""
+"""One file per experiment: every choice it makes, with its reason; and checks."""

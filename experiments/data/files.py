@@ -8,7 +8,7 @@ from typing import TypeVar
 from etils import epath
 
 from experiments.data.errors import DataError
-from experiments.progress import progress_bar
+from experiments.distributed.progress import progress_bar
 
 # The work waits for disks and networks, not for processors.
 _NUM_THREADS = 32

@@ -20,7 +20,7 @@ from experiments.data.imagenet_archives import (
     read_validation,
 )
 from experiments.data.shuffling import collect, distribute
-from experiments.progress import progress_bar
+from experiments.distributed.progress import progress_bar
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import mnist_training, parallel
 from experiments.data.image_set import load_image_set
+from experiments.distributed import parallel
+from experiments.mnist_experiment import training as mnist_training
 from tests.experiments.helpers import make_image_set, small_config
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments import mnist_experiment
+from experiments.mnist_experiment import networks
 
 
 def fail() -> None:
@@ -39,7 +39,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 def main() -> None:
     module, number, faulty, fault, step, *arguments = sys.argv[1:]
-    advance = mnist_experiment.Experiment.advance
+    advance = networks.Experiment.advance
 
     def faulty_advance(
         self: Any, states: Any, first: int, num_steps: int
@@ -49,7 +49,7 @@ def main() -> None:
             FAULTS[fault]()
         return advance(self, states, first, num_steps)
 
-    mnist_experiment.Experiment.advance = faulty_advance  # type: ignore[method-assign]
+    networks.Experiment.advance = faulty_advance  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

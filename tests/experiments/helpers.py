@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import parallel
 from experiments.configs.mnist import get_config
 from experiments.data.image_set import ImageSet
+from experiments.distributed import parallel
 from experiments.models.mlp import MLP
-from experiments.training import TrainState, init_state
+from experiments.training.sgd import TrainState, init_state
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoint_export, checkpoint_report
-from experiments.configuration import ConfigError
-from experiments.restoring import load_variables
-from experiments.stored_checkpoint import CheckpointError, named_leaves
-from experiments.workdir import WorkdirError
+from experiments.checkpoints import export, report
+from experiments.checkpoints.restoring import load_variables
+from experiments.checkpoints.stored import CheckpointError, named_leaves
+from experiments.configs.checks import ConfigError
+from experiments.running.workdir import WorkdirError
+from tests.experiments.checkpoints.make_stored import STORED
 from tests.experiments.helpers import (
     ORBAX_LEFTOVERS,
     REPOSITORY,
@@ -20,7 +21,6 @@ from tests.experiments.helpers import (
     documentation_of,
     read_files,
 )
-from tests.experiments.make_stored import STORED
 
 CHECKPOINTS = STORED / "format_1" / "checkpoints"
 
@@ -38,15 +38,15 @@ def damage(workdir):
     (workdir / "checkpoints" / "3" / "params" / "manifest.ocdbt").write_bytes(b"?")
 
 
-def export(folder, output, *, step="newest", network=None, fold=False):
-    checkpoint_export.export(folder, step, str(output), network, fold)
+def exported(folder, output, *, step="newest", network=None, fold=False):
+    export.export(folder, step, str(output), network, fold)
     with np.load(output) as file:
         return dict(file)
 
 
 def test_inspect_tells_everything(copied, capsys):
     shutil.copytree(CHECKPOINTS, copied / "population")
-    checkpoint_report.inspect(copied, "newest")
+    report.inspect(copied, "newest")
     lines = capsys.readouterr().out.splitlines()
     for kind in "checkpoints", "population":
         assert f"{copied / kind}:" in lines
@@ -64,18 +64,18 @@ def test_inspect_tells_everything(copied, capsys):
 
 
 def test_inspect_of_one_checkpoint(copied, capsys):
-    checkpoint_report.inspect(copied / "checkpoints" / "3", "newest")
+    report.inspect(copied / "checkpoints" / "3", "newest")
     assert capsys.readouterr().out.startswith(f"{copied / 'checkpoints' / '3'}:\n")
 
 
 def test_verify(copied, capsys):
     folder = copied / "checkpoints"
-    checkpoint_report.verify(copied)
+    report.verify(copied)
     assert capsys.readouterr().out == f"{folder / '3'}: sound, 15 arrays, 196 bytes\n"
     damage(copied)
     before = read_files(copied)
     with pytest.raises(CheckpointError, match=r"1 of 1 checkpoints damaged: .*params"):
-        checkpoint_report.verify(copied)
+        report.verify(copied)
     assert f"{folder / '3'}: damaged, params cannot be read" in capsys.readouterr().out
     assert read_files(copied) == before
 
@@ -83,7 +83,7 @@ def test_verify(copied, capsys):
 def test_verify_reads_the_optimiser_too(copied):
     shutil.rmtree(copied / "checkpoints" / "3" / "opt_state")
     with pytest.raises(CheckpointError, match="opt_state cannot be read"):
-        checkpoint_report.verify(copied)
+        report.verify(copied)
 
 
 def test_inspect_of_a_damaged_checkpoint(copied, capsys):
@@ -91,13 +91,13 @@ def test_inspect_of_a_damaged_checkpoint(copied, capsys):
     with pytest.raises(
         CheckpointError, match=r"3 is damaged \(metadata cannot be read"
     ):
-        checkpoint_report.inspect(copied, "newest")
+        report.inspect(copied, "newest")
     assert "  step 3: metadata cannot be read" in capsys.readouterr().out
 
 
 def test_export_to_npz(copied, tmp_path, capsys):
     output = tmp_path / "new" / "network.npz"
-    found = export(copied, output)
+    found = exported(copied, output)
     expected = named_leaves(load_variables(CHECKPOINTS))
     assert found.keys() == expected.keys()
     assert "params/Dense_0/kernel" in found
@@ -113,7 +113,7 @@ def test_export_to_npz(copied, tmp_path, capsys):
 def test_export_to_safetensors(copied, tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     output = tmp_path / "network.safetensors"
-    checkpoint_export.export(copied, "best", str(output), None, False)
+    export.export(copied, "best", str(output), None, False)
     found = numpy.load_file(output)
     expected = named_leaves(load_variables(CHECKPOINTS))
     assert found.keys() == expected.keys()
@@ -125,24 +125,24 @@ def test_export_without_the_package(copied, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     output = tmp_path / "network.safetensors"
     with pytest.raises(ConfigError, match="safetensors is not installed; `pip install"):
-        checkpoint_export.export(copied, "best", str(output), None, False)
+        export.export(copied, "best", str(output), None, False)
     assert not output.exists()
 
 
 def test_types_that_numpy_lacks_are_widened():
     half = np.asarray(jax.numpy.array([1.5, -2.0], jax.numpy.bfloat16))
-    widened = checkpoint_export._widened(half)
+    widened = export._widened(half)
     assert widened.dtype == np.float32
     np.testing.assert_array_equal(widened, [1.5, -2.0])
 
 
 def test_export_of_the_folded_network(finished, tmp_path, capsys):
     """Of a run of the MNIST experiment, whose two networks have names."""
-    found = export(finished, tmp_path / "network.npz", fold=True)
+    found = exported(finished, tmp_path / "network.npz", fold=True)
     out = capsys.readouterr().out
     assert "baseline: there is no batch normalisation to fold.\n" in out
     assert "BatchNorm_1: folded into Dense_1\n" in out
-    plain = export(finished, tmp_path / "plain.npz")
+    plain = exported(finished, tmp_path / "plain.npz")
     assert {name for name in plain if "BatchNorm" in name}
     assert {name for name in found if name.startswith("params/")} == {
         f"params/{network}/Dense_{layer}/{leaf}"
@@ -151,7 +151,7 @@ def test_export_of_the_folded_network(finished, tmp_path, capsys):
         for leaf in ("bias", "kernel")
     }
     assert not [name for name in found if name.startswith("batch_stats/")]
-    alone = export(finished, tmp_path / "a.npz", network="batch_norm", fold=True)
+    alone = exported(finished, tmp_path / "a.npz", network="batch_norm", fold=True)
     for name in "params/Dense_0/kernel", "params/Dense_1/bias":
         collection, rest = name.split("/", 1)
         np.testing.assert_array_equal(
@@ -162,20 +162,20 @@ def test_export_of_the_folded_network(finished, tmp_path, capsys):
 @pytest.mark.parametrize("output", [None, "network", "network.h5"])
 def test_other_endings_are_refused(copied, output):
     with pytest.raises(ConfigError, match=r"ends with \.npz or \.safetensors"):
-        checkpoint_export.export(copied, "newest", output, None, False)
+        export.export(copied, "newest", output, None, False)
 
 
 def test_export_of_what_is_not_there_or_damaged(copied, tmp_path):
     output = tmp_path / "network.npz"
     with pytest.raises(CheckpointError, match="no network other: expected one of netw"):
-        export(copied, output, network="other")
+        exported(copied, output, network="other")
     (tmp_path / "file").touch()
     with pytest.raises(WorkdirError, match="cannot write"):
-        export(copied, tmp_path / "file" / "network.npz")
+        exported(copied, tmp_path / "file" / "network.npz")
     for part in "params/manifest.ocdbt", "metadata/metadata":
         (copied / "checkpoints" / "3" / part).write_bytes(b"?")
         with pytest.raises(CheckpointError, match=r"3 is damaged \("):
-            export(copied, output)
+            exported(copied, output)
     assert not output.exists()
 
 

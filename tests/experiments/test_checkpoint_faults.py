@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.commands import FAILED
-from experiments.stored_checkpoint import read_metadata, stored_steps
+from experiments.checkpoints.stored import read_metadata, stored_steps
+from experiments.running.commands import FAILED
 from tests.experiments.helpers import (
     REPOSITORY,
     RESULTS,

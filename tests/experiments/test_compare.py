@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from tests.experiments.comparison.test_run_results import make_folder
 from tests.experiments.helpers import REPOSITORY, command_environment, read_files
-from tests.experiments.test_run_results import make_folder
 
 
 def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.ensembles.test_trained_networks import change, contents, train
 from tests.experiments.helpers import REPOSITORY, command_environment, read_files
-from tests.experiments.test_trained_networks import change, contents, train
 
 # The command with a tiny network and data set in place of the real ones.
 TINY_COMMAND = """
-from experiments import commands, evaluate
-from tests.experiments.test_trained_networks import tiny_networks
+from experiments import evaluate
+from experiments.running import commands
+from tests.experiments.ensembles.test_trained_networks import tiny_networks
 
 with tiny_networks(broken_test=(7,)):
     commands.launch_with_arguments(evaluate.main, evaluate.__doc__)

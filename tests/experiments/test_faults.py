@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from experiments.commands import FAILED, TRY_AGAIN
+from experiments.running.commands import FAILED, TRY_AGAIN
 from tests.experiments.helpers import RESULTS
 from tests.experiments.process_group import Ended, ProcessGroup
 

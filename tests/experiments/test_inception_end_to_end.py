@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from experiments.stored_checkpoint import ArrayRecord, read_metadata
+from experiments.checkpoints.stored import ArrayRecord, read_metadata
 from tests.experiments.helpers import REPOSITORY, command_environment
 
 pytestmark = pytest.mark.slow

@@ -10,16 +10,20 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import sweeps
-from experiments.comparison import compare, compare_rates
+from experiments.comparison.numbers import compare, compare_rates
+from experiments.comparison.run_results import read_runs
+from experiments.configs.checks import ConfigError
 from experiments.configs.inception import KEYS, SIZES, VARIANTS, get_config
 from experiments.configs.inception_sweep import RATES, SWEEPS, Sweep, SweptRun
-from experiments.configuration import ConfigError
-from experiments.run_results import read_runs
-from experiments.sweeps import RunFailedError, make_tasks, run_sweep
-from experiments.workdir import WorkdirError
+from experiments.inception_experiment import sweeps
+from experiments.inception_experiment.sweeps import (
+    RunFailedError,
+    make_tasks,
+    run_sweep,
+)
+from experiments.running.workdir import WorkdirError
+from tests.experiments.comparison.test_run_results import make_folder
 from tests.experiments.helpers import REPOSITORY, command_environment
-from tests.experiments.test_run_results import make_folder
 
 # ml_collections loads configuration files in a way that Python is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

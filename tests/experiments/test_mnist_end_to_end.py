@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.stored_checkpoint import ArrayRecord, read_metadata
+from experiments.checkpoints.stored import ArrayRecord, read_metadata
 from tests.experiments.helpers import (
     REPOSITORY,
     command_environment,

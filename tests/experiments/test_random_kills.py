@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from experiments.stored_checkpoint import read_metadata, stored_steps
+from experiments.checkpoints.stored import read_metadata, stored_steps
 from tests.experiments.helpers import REPOSITORY, RESULTS, command_environment
 from tests.experiments.tiny_run import tiny_arguments
 

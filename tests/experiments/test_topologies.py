@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.commands import TRY_AGAIN
-from experiments.stored_checkpoint import read_arrays, read_metadata
+from experiments.checkpoints.stored import read_arrays, read_metadata
+from experiments.running.commands import TRY_AGAIN
 from tests.experiments.process_group import ProcessGroup
 from tests.experiments.tiny_run import tiny_arguments
 

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import inception_data, inception_experiment, parallel
 from experiments.configs.inception import get_config
 from experiments.data.crops import evaluation_crops
 from experiments.data.splits import Augmentation, Example, Split, UndecodableError
-from experiments.inception_experiment import Experiment
+from experiments.distributed import parallel
+from experiments.inception_experiment import data, network
+from experiments.inception_experiment.network import Experiment
+from experiments.models import construction
 from experiments.models.layers import Convolution, local_response_norm
-from experiments.training import TrainState
+from experiments.training.sgd import TrainState
 
 NUM_CLASSES = 6
 NUM_TRAIN, NUM_TEST = 100, 44
@@ -142,8 +144,8 @@ def load_tiny_splits(
 
 
 # Caches of their own, which last over tests: what the real ones hold stays real.
-_make_model = functools.lru_cache(inception_experiment._make_model.__wrapped__)
-_compile = functools.lru_cache(inception_experiment._compile.__wrapped__)
+_make_model = functools.lru_cache(construction._make_model.__wrapped__)
+_compile = functools.lru_cache(network._compile.__wrapped__)
 _make_initial_state = Experiment.initial_state
 _initial_states: dict[str, TrainState] = {}
 
@@ -170,11 +172,11 @@ def tiny_experiments(**broken: Collection[int]) -> Iterator[None]:
         return load_tiny_splits(augmentation, **broken)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception_experiment, "Inception", TinyInception)
-        patch.setattr(inception_experiment, "_make_model", _make_model)
-        patch.setattr(inception_experiment, "_compile", _compile)
+        patch.setattr(construction, "Inception", TinyInception)
+        patch.setattr(construction, "_make_model", _make_model)
+        patch.setattr(network, "_compile", _compile)
         patch.setattr(Experiment, "initial_state", _initial_state)
-        patch.setattr(inception_data, "load_splits", load)
+        patch.setattr(data, "load_splits", load)
         yield
 
 

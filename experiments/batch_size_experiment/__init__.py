@@ -1,0 +1,1 @@
+"""Accuracy against the batch size, for several normalisations."""

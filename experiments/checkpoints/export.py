@@ -1,0 +1,97 @@
+"""Trained networks as plain arrays in one file, for other tools."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from experiments.checkpoints.folders import choose_checkpoint
+from experiments.checkpoints.restoring import load_variables
+from experiments.checkpoints.stored import damage_named, named_leaves, read_metadata
+from experiments.configs.checks import ConfigError
+from experiments.running.workdir import WorkdirError
+
+
+def export(
+    folder: Path, step: int | str, output: str | None, network: str | None, fold: bool
+) -> None:
+    """Writes parameters and statistics by name, and says what was written.
+
+    Args:
+      folder: as for `choose_checkpoint`.
+      step: as for `choose_checkpoint`.
+      output: the file, whose ending is a key of `WRITERS`.
+      network: the one to export; None for all. With several, names have that of the
+        network after the collection's, as in the checkpoint.
+      fold: fold normalisations into the layers before them, and say which.
+
+    Raises:
+      CheckpointError: there is no such checkpoint or network, or it is damaged.
+      ConfigError: the file's name or the network does not serve.
+      WorkdirError: the file cannot be written.
+    """
+    path = Path(output or "")
+    if path.suffix not in WRITERS:
+        raise ConfigError(
+            f"--output={output}: expected a file that ends with {' or '.join(WRITERS)}."
+        )
+    checkpoint = choose_checkpoint(folder, step)
+    with damage_named(checkpoint):
+        metadata = read_metadata(checkpoint)
+    arrays: dict[str, np.ndarray] = {}
+    for name in [network] if network else metadata.networks:
+        variables = load_variables(checkpoint, network=name)
+        if fold:
+            # Imported here: the networks take a while.
+            from experiments.checkpoints.folded_network import fold_variables
+
+            variables = fold_variables(metadata.config, name, variables)
+        inserted = "" if len(metadata.networks) == 1 or network else f"{name}/"
+        for leaf_name, leaf in named_leaves(variables).items():
+            collection, _, rest = leaf_name.partition("/")
+            arrays[f"{collection}/{inserted}{rest}"] = _widened(np.asarray(leaf))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all, as everything here; the ending chooses the format.
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        WRITERS[path.suffix](partial, arrays, {"checkpoint": str(checkpoint)})
+        partial.replace(path)
+    except OSError as error:
+        raise WorkdirError(f"cannot write {path} ({error.strerror}).") from None
+    size = sum(array.nbytes for array in arrays.values())
+    print(f"{path}: {len(arrays)} arrays, {size:,} bytes, of {checkpoint}.")
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """The same values in a type that NumPy itself knows."""
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+
+
+def _write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+) -> None:
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def _write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+) -> None:
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise ConfigError(
+            f"--output={path}: the package safetensors is not installed; "
+            "`pip install safetensors`, or export to .npz."
+        ) from None
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        path,
+        metadata=dict(notes),
+    )
+
+
+WRITERS: Mapping[str, Callable[..., None]] = {
+    ".npz": _write_npz,
+    ".safetensors": _write_safetensors,
+}

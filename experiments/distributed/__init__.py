@@ -1,0 +1,1 @@
+"""Training over devices and processes, and what these agree on."""

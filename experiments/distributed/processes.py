@@ -1,0 +1,187 @@
+"""Several processes that train together, each on the devices of its own machine."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from experiments.configs.checks import ConfigError
+from experiments.distributed.agreement import first_message
+from experiments.distributed.parallel import DeviceError
+
+Result = TypeVar("Result")
+
+MODES = ("auto", "on", "off")
+# Seconds, on one machine and over a network: how long to wait for a process that has
+# not come, and after how long one that is silent counts as lost.
+START_SECONDS = (30, 300)
+SILENCE_SECONDS = (20, 100)
+# Marks an error that all processes have: each can end as if it were alone.
+TOLD = "all processes know of it"
+
+
+class ProcessesError(RuntimeError):
+    """The processes cannot work together, or one cannot do its part."""
+
+
+class Address(NamedTuple):
+    """Where a process stands among all, as the command line has it; None: unknown."""
+
+    coordinator: str | None  # host:port of process 0
+    num_processes: int | None
+    process_id: int | None
+
+
+def start(
+    mode: str,
+    address: Address,
+    start_seconds: int | None = None,
+    silence_seconds: int | None = None,
+) -> None:
+    """Connects this process with the others, before anything else is asked of JAX.
+
+    Args:
+      mode: "off": this process is alone. "on": it is one of several, as `address` says
+        or, where that is empty, as JAX finds on Cloud TPU slices and under Slurm,
+        Kubernetes and Open MPI. "auto": "on" where there is an address, or where JAX
+        finds one.
+      address: all of it, or nothing.
+      start_seconds: how long to wait for the others; None: as `START_SECONDS` has it.
+      silence_seconds: after how long without a sign of life JAX ends this process;
+        None: as `SILENCE_SECONDS` has it.
+
+    Raises:
+      ConfigError: the address is incomplete or makes no sense.
+      ProcessesError: there is none, or the processes have unequal devices.
+    """
+    _check_address(mode, address)
+    given = address.coordinator is not None
+    if mode == "off":
+        return
+    host = (address.coordinator or "").rpartition(":")[0]
+    far = host not in ("localhost", "127.0.0.1", "[::1]")
+    wait = start_seconds or START_SECONDS[far]
+    silence = silence_seconds or SILENCE_SECONDS[far]
+    if given:
+        # Said before: JAX itself ends a process that has waited in vain.
+        print(
+            f"Process {address.process_id} of {address.num_processes} waits up to "
+            f"{wait} s (--start_seconds) for all others at {address.coordinator}.",
+            flush=True,
+        )
+    try:
+        jax.distributed.initialize(
+            *address,
+            initialization_timeout=wait,
+            heartbeat_timeout_seconds=silence,
+            shutdown_timeout_seconds=silence,
+        )
+    # JAX raises ValueError where it finds no address, and what a broken environment
+    # leads to otherwise.
+    except Exception as error:
+        if mode == "auto" and not given and "coordinator_address" in str(error):
+            return
+        raise ProcessesError(
+            f"the processes cannot be connected ({error}); give "
+            "--coordinator_address, --num_processes and --process_id, or "
+            "--distributed=off for a process alone."
+        ) from None
+    devices = jax.device_count()
+    if jax.local_device_count() * jax.process_count() != devices:
+        raise DeviceError(
+            f"process {jax.process_index()} has {jax.local_device_count()} of "
+            f"{devices} devices: expected as many for each of {jax.process_count()} "
+            "processes."
+        )
+
+
+def _check_address(mode: str, address: Address) -> None:
+    named = dict(
+        zip(
+            ("--coordinator_address", "--num_processes", "--process_id"),
+            address,
+            strict=True,
+        )
+    )
+    if mode not in MODES:
+        raise ConfigError(f"--distributed={mode}: expected one of {', '.join(MODES)}.")
+    missing = [flag for flag, value in named.items() if value is None]
+    if missing and len(missing) < len(named):
+        raise ConfigError(
+            f"{', '.join(missing)}: missing; give all of {', '.join(named)}, or none."
+        )
+    if missing:
+        return
+    if mode == "off":
+        raise ConfigError(
+            f"--distributed=off goes without {', '.join(named)}; leave them out."
+        )
+    host, _, port = str(address.coordinator).rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise ConfigError(
+            f"--coordinator_address={address.coordinator}: expected HOST:PORT of "
+            "process 0, as localhost:1234."
+        )
+    number, count = address.process_id, address.num_processes
+    if number is None or count is None or not 0 <= number < count:
+        raise ConfigError(
+            f"--process_id={number} with --num_processes={count}: expected 0 to one "
+            "less than their number."
+        )
+
+
+def are_several() -> bool:
+    """Whether this process is one of several; takes no accelerator to find out."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks to the user."""
+    return not are_several() or jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Prints for the user, once however many processes there are."""
+    if is_first():
+        print(message, flush=True)
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """Calls a function in every process, and fails in all if it fails in one.
+
+    Args:
+      function: without collectives of its own: an error in one process must not leave
+        the others waiting in it.
+
+    Raises:
+      ProcessesError: it failed in another process, whose error the message has.
+    """
+    if jax.process_count() == 1:
+        return function()
+    failure: Exception | None = None
+    try:
+        result = function()
+    # Of whatever kind: the others must not wait for this process.
+    except Exception as error:
+        failure = error
+    own = f"process {jax.process_index()}: {failure!s}" if failure else ""
+    message = first_message(own)
+    if message:
+        told = failure or ProcessesError(message)
+        told.add_note(TOLD)
+        raise told
+    return result
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether all processes raise this error, or its like: `together` saw to it."""
+    return TOLD in getattr(error, "__notes__", ())
+
+
+def on_first(function: Callable[[], Any]) -> None:
+    """Calls a function in the first process; the others wait, and fail with it.
+
+    Raises:
+      ProcessesError: as `together`.
+    """
+    together(function if is_first() else lambda: None)

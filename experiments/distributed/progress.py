@@ -1,0 +1,27 @@
+"""A progress bar for long work: rate, results so far, and the time that is left."""
+
+import sys
+
+from tqdm import tqdm
+
+from experiments.distributed.processes import is_first
+
+
+def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
+    """A bar on standard error; on something other than a terminal, a line at times.
+
+    Of several processes the first alone shows it.
+
+    Args:
+      total: units of work in all.
+      done: units that an earlier run did.
+      unit: what one is called.
+    """
+    return tqdm(
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+        disable=not is_first(),
+    )

@@ -1,0 +1,1 @@
+"""Trained networks alone and together, on several crops: the paper's figure 4."""

@@ -1,0 +1,1 @@
+"""A network's state, its training step, and its evaluation."""
