@@ -144,7 +144,8 @@ def measure(
             step = functools.partial(_infer, model)
         arguments[name] = variables, images, labels
         lowered[name] = jax.jit(step).lower(*arguments[name])
-    # Compiling takes a minute each on a GPU, and most of it one core.
+    print(f"compiling {network} in {dtype}, {', '.join(lowered)}", flush=True)
+    # That takes a minute each on a GPU, and most of it one core.
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
     memory = {name: programs.temporary_bytes(step) for name, step in compiled.items()}

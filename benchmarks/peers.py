@@ -212,6 +212,7 @@ def torch_step(
       The call, which on a GPU is not waited for.
     """
     import torch
+    import torch._functorch.config
 
     device = torch_device()
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -226,7 +227,11 @@ def torch_step(
     network = torch.nn.Sequential(layer, torch.nn.ReLU()) if relu else layer
     forward = torch.compile(network) if compiled else network
     inputs, gradient = convert(x).requires_grad_(backward), convert(dy)
-    kept = forward(inputs) if passes == "backward" else None
+    kept = None
+    if passes == "backward":
+        # One forward pass serves many backward ones: none may overwrite what it left.
+        torch._functorch.config.donated_buffer = False
+        kept = forward(inputs)
 
     def call() -> None:
         inputs.grad = layer.weight.grad = layer.bias.grad = None

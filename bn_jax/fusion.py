@@ -12,8 +12,8 @@ from jax import lax
 from bn_jax.layout import Layout
 
 # As many parts are added in one loop. XLA unrolls it, and up to this length vectorises
-# what surrounds it, also where two inputs in bfloat16 are converted on the way.
-MAX_PARTS = 16
+# what surrounds it, also where a network's branches are summed on the way.
+MAX_PARTS = 8
 # The library sums arrays from 4096 elements, more accurately than XLA's own loop, and
 # must get those that the parts' sums leave. What is smaller is in the cache anyway.
 MIN_SIZE = 4096 * MAX_PARTS

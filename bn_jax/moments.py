@@ -15,8 +15,8 @@ from bn_jax.layout import Layout, make_layout
 
 # The shift of the variance is the mean of one position in so many, where that leaves
 # enough of them.
-SAMPLING = 16
-MIN_SAMPLE = 64
+SAMPLING = 8
+MIN_SAMPLE = 128
 
 
 class Moments(NamedTuple):
@@ -45,13 +45,13 @@ def moments(
 
     One pass over deviations from a shift, whose own mean then corrects mean and
     variance (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
-    variance", the shifted form). The shift is the mean of the first sixteenth of the
+    variance", the shifted form). The shift is the mean of the first eighth of the
     positions, or with weights, some of which may be 0, that of all positions.
 
     Next to nothing cancels, however far the mean is from zero and however the values
     are ordered: the variance between a part with the share f of the values and the
     rest is f / (1 - f) * (shift - mean)^2 and cannot exceed the whole variance, so the
-    square that is taken off is at most 15 times what remains, and usually none of it.
+    square that is taken off is at most 7 times what remains, and usually none of it.
 
     Args:
       x: any rank; float16, bfloat16, float32 or float64. Sums are float32 (float64 for
@@ -194,7 +194,7 @@ def _local_moments(x: jax.Array, layout: Layout, weights: jax.Array | None) -> M
 
 
 def _first_positions(x: jax.Array, layout: Layout) -> jax.Array:
-    """A sixteenth of the positions or a little more; all of them if they are few."""
+    """An eighth of the positions or a little more; all of them if they are few."""
     if layout.num_positions <= SAMPLING * MIN_SAMPLE:
         return x
     axis = layout.position_axes[0]

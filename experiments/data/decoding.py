@@ -21,11 +21,13 @@ _JPEG_END = b"\xff\xd9"
 
 # The orientation that a camera noted is ignored, as TensorFlow and Pillow ignore it:
 # images then look as they do to networks that were trained with those.
+_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+# The names for reduced sizes mean BGR, or grey, unless RGB is asked for, too.
 _FLAGS = {
-    1: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
-    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
-    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
-    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
+    1: _RGB,
+    2: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: _RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
 
@@ -90,7 +92,7 @@ def decode(encoded: bytes, at_least: int | None = None) -> np.ndarray:
         raise UndecodableError(f"OpenCV cannot decode it: {reason}") from error
     if image is None:
         raise UndecodableError("OpenCV cannot decode it: its content is malformed")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return image
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int]:

@@ -234,9 +234,9 @@ def test_only_results_are_written_to_memory(dtype):
         return batch_norm(params, stats, x, train=True, activation="relu")[0]
 
     compiled = jax.jit(training_step(ours)).lower(params, x, dy).compile()
-    # The parts' sums: a sixteenth, of two arrays of float32.
+    # The parts' sums: an eighth, of two arrays of float32.
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary <= 0.15 * x.size * 4
+    assert temporary <= 0.27 * x.size * 4
 
     bn = linen.BatchNorm(use_running_average=False, dtype=dtype)
 
