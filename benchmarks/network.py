@@ -10,6 +10,7 @@ own, `python -m benchmarks.folding`.
 
 import argparse
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 
 import bn_jax.linen
-from benchmarks import measuring, programs, results
+from benchmarks import measuring, peers, programs, results
 from benchmarks.resnet import ResNet50
 from experiments.models.inception import KEEP_CONVOLUTIONS, Inception
 
@@ -37,8 +38,6 @@ DTYPES = {"cpu": ("float32",), "tiny": ("float32",), "gpu": ("float32", "bfloat1
 MODES = ("training", "inference")
 ROUNDS = 9
 BARE = "no normalisation"
-# Torch's, and whether its compiler is asked for.
-TORCH = {"torch": False, "torch, compiled": True}
 
 
 class Contestant(NamedTuple):
@@ -153,10 +152,10 @@ def measure(
         name: functools.partial(_call, step, *arguments[name])
         for name, step in compiled.items()
     }
-    if mode == "training" and jax.default_backend() == "gpu":
-        for name in (name for name in TORCH if name in (only or TORCH)):
+    for name in _of_torch(mode):
+        if only is None or name in only:
             calls[name], memory[name] = _torch(
-                network, width, images, labels, dtype, compiled=TORCH[name]
+                network, width, images, labels, dtype, compiled=peers.TORCH[name]
             )
     timings = measuring.time_in_turns(calls, rounds)
     bare = timings[BARE].median if BARE in timings else None
@@ -180,6 +179,16 @@ def measure(
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return lowered.compile()
+
+
+def _of_torch(mode: str) -> Sequence[str]:
+    """Names of torch's contestants: on a GPU, in training."""
+    if mode != "training" or jax.default_backend() != "gpu":
+        return ()
+    if not importlib.util.find_spec("torch"):
+        print("skipped, not installed: torch")
+        return ()
+    return tuple(peers.TORCH)
 
 
 def _torch(
@@ -206,8 +215,6 @@ def _torch(
 
 
 def _call_torch(step: Callable[[], None], turn: int) -> None:
-    from benchmarks import peers
-
     del turn
     step()
     peers.torch_wait()

@@ -185,7 +185,7 @@ def installed() -> tuple[dict[str, Callable[..., Layer]], list[str]]:
     return found, missing
 
 
-# Torch's layer, with the sum of its operations or what its compiler makes of them.
+# Torch as it is, and what its compiler makes of it: whether that is asked for.
 TORCH = {"torch": False, "torch, compiled": True}
 
 

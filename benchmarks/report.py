@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import results
+from benchmarks import peers, results
 from benchmarks.measuring import geometric_mean
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PICTURES = Path(__file__).parents[1] / "docs" / "results" / "performance"
 TRAINING = "forward and backward"
+JAX_PEERS = set(peers.JAX_LAYERS) - {"bn_jax"}
 COLOURS = {
     "bn_jax": "tab:blue",
     "bn_jax, rematerialised": "tab:cyan",
@@ -173,11 +174,7 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
         rows = _select(content["rows"], dtype=dtype, passes=TRAINING, relu=True)
         for shape in dict.fromkeys(map(_shape, rows)):
             own = {row["name"]: row for row in rows if _shape(row) == shape}
-            jax_peers = [
-                row["ratio"]
-                for name, row in own.items()
-                if name not in ("bn_jax", "copy", "torch")
-            ]
+            jax_peers = [row["ratio"] for name, row in own.items() if name in JAX_PEERS]
             times.append(
                 [
                     shape,
