@@ -7,7 +7,7 @@ Sweeps are listed in experiments/configs/inception_sweep.py. Every run is a comm
 its own, `python -m experiments.inception`, with its folder in the workdir and its
 output beside it; KEY=VALUE changes the configuration of all of them. On CPU as many run
 side by side as there are cores, since a step gains little from a second one; on an
-accelerator one after another.
+accelerator one after another, since there they hold each other up.
 
 A sweep that was stopped goes on where it was when started again. At the end
 experiments.compare draws its figures and tables.

@@ -74,11 +74,9 @@ def run_sweep(
     places = [cores[place::jobs] or cores for place in range(jobs)]
     # Runs that differ in rate, length or seed alone compile the same programs.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute() / "compiled")}
-    # An accelerator's memory is shared; a run would take most of it for itself.
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"}
-    failed = _run_tasks(
-        tasks, places, environment | (KEEP_MEMORY if on_cpu else memory)
-    )
+    # On an accelerator the first run would take most of its memory for itself.
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
+    failed = _run_tasks(tasks, places, environment | (KEEP_MEMORY if on_cpu else share))
     if failed:
         raise RunFailedError(
             f"{len(failed)} of {len(tasks)} runs failed, the first is "

@@ -159,17 +159,17 @@ def test_as_many_jobs_as_asked_run_side_by_side(tmp_path, compared, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("backend", "cores", "jobs", "places"),
+    ("backend", "cores", "jobs", "places", "share"),
     [
-        ("cpu", {0, 1}, None, [[0], [1]]),
-        ("cpu", {0, 1, 4, 5}, None, [[0, 5], [1], [4]]),
-        ("cpu", {0, 1}, 3, [[0], [1], [0, 1]]),
-        ("cpu", {0, 1}, 50, [[0], [1], [0, 1]]),
-        ("gpu", {0, 1}, None, [[0, 1]]),
-        ("gpu", {0, 1}, 2, [[0], [1]]),
+        ("cpu", {0, 1}, None, [[0], [1]], None),
+        ("cpu", {0, 1, 4, 5}, None, [[0, 5], [1], [4]], None),
+        ("cpu", {0, 1}, 3, [[0], [1], [0, 1]], None),
+        ("cpu", {0, 1}, 50, [[0], [1], [0, 1]], None),
+        ("gpu", {0, 1}, None, [[0, 1]], "0.90"),
+        ("gpu", {0, 1}, 2, [[0], [1]], "0.45"),
     ],
 )
-def test_places(tmp_path, compared, monkeypatch, backend, cores, jobs, places):
+def test_places(tmp_path, compared, monkeypatch, backend, cores, jobs, places, share):
     calls = []
 
     def record(tasks, *arguments):
@@ -183,6 +183,7 @@ def test_places(tmp_path, compared, monkeypatch, backend, cores, jobs, places):
     ((found, environment),) = calls
     assert found == places
     assert (environment.keys() >= sweeps.KEEP_MEMORY.keys()) == (backend == "cpu")
+    assert environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == share
 
 
 def test_the_users_environment_comes_first(tmp_path, compared, monkeypatch):
