@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.features import CHECKS, LIBRARIES, NO, YES, Library
+from benchmarks.features import CHECKS, NO, YES
+from benchmarks.libraries import LIBRARIES, Library
 from tests.bn_jax.reference import lenient
 
 # Every other check answers with yes.
