@@ -50,6 +50,15 @@ def _variants() -> Sweep:
     )
 
 
+def _speedup() -> Sweep:
+    """The main comparison alone, for several seeds."""
+    names = ("inception_he", "bn_x5")
+    return Sweep(
+        [SweptRun(name, name, {}) for name in names],
+        {"comparison": ("--reference=inception_he",)},
+    )
+
+
 def _rates() -> Sweep:
     """Rates and initialisations, with and without batch normalisation."""
     return Sweep(
@@ -100,6 +109,7 @@ def _ensemble() -> Sweep:
 
 SWEEPS = {
     "variants": _variants(),
+    "speedup": _speedup(),
     "rates": _rates(),
     "nonlinearities": _nonlinearities(),
     "ensemble": _ensemble(),
