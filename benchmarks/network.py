@@ -74,15 +74,16 @@ def main(arguments: argparse.Namespace) -> None:
     rows = []
     if platform not in SETTINGS:
         platform = "gpu"
-    networks, dtypes, modes, only = (
-        results.chosen(getattr(arguments, flag))
-        for flag in ("networks", "dtypes", "modes", "only")
-    )
-    for setting, dtype, mode in itertools.product(
-        [row for row in SETTINGS[platform] if networks is None or row[0] in networks],
-        dtypes or DTYPES[platform],
-        modes or MODES,
-    ):
+    # Any dtype may be asked for; by default those that make sense on this platform.
+    dtypes = results.chosen("dtypes", arguments.dtypes, DTYPES["gpu"])
+    if arguments.dtypes is None:
+        dtypes = list(DTYPES[platform])
+    modes = results.chosen("modes", arguments.modes, MODES)
+    only = results.chosen("only", arguments.only, [*contestants(), *peers.TORCH])
+    settings = {setting[0]: setting for setting in SETTINGS[platform]}
+    networks = results.chosen("networks", arguments.networks, list(settings))
+    for network, dtype, mode in itertools.product(networks, dtypes, modes):
+        setting = settings[network]
         measured = measure(*setting, dtype=dtype, mode=mode, rounds=rounds, only=only)
         _print(measured)
         rows += measured

@@ -55,23 +55,18 @@ REPEATS = {"cpu": 1, "gpu": 10}
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints tables and writes the results."""
-    settings = [
-        (*setting, relu, passes)
-        for setting in itertools.product(
-            _shapes(arguments), results.chosen(arguments.dtypes) or DTYPES
-        )
-        for relu, passes in KINDS
-        if passes in (results.chosen(arguments.passes) or PASSES)
-    ]
     from benchmarks import peers
 
-    only = results.chosen(arguments.only)
     layers, missing = peers.installed()
-    if unknown := set(only or ()) - {*layers, *peers.TORCH}:
-        raise SystemExit(
-            f"error: --only names {', '.join(sorted(unknown))}; expected some of "
-            f"{', '.join([*layers, *peers.TORCH])}, with commas between."
-        )
+    only = results.chosen("only", arguments.only, [*layers, *peers.TORCH])
+    dtypes = results.chosen("dtypes", arguments.dtypes, DTYPES)
+    chosen_passes = results.chosen("passes", arguments.passes, list(PASSES))
+    settings = [
+        (*setting, relu, passes)
+        for setting in itertools.product(_shapes(arguments), dtypes)
+        for relu, passes in KINDS
+        if passes in chosen_passes
+    ]
     if missing:
         print(f"skipped, not installed: {', '.join(missing)}")
     machine = results.machine()

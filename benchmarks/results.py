@@ -83,10 +83,22 @@ def _positive(text: str) -> int:
     return value
 
 
-def chosen(names: str | None) -> list[str] | None:
-    """A flag's value, names with commas between, as a list; None if not given."""
+def chosen(flag: str, names: str | None, among: Sequence[str]) -> list[str]:
+    """A flag's value, names with commas between, as a list; all if it was not given.
+
+    Raises:
+      SystemExit: a name is not among those that there are.
+    """
+    if names is None:
+        return list(among)
     # A comma before a space is part of a name.
-    return None if names is None else re.split(r",(?! )", names)
+    found = re.split(r",(?! )", names)
+    if unknown := [name for name in found if name not in among]:
+        raise SystemExit(
+            f"error: --{flag} names {'; '.join(unknown)}: expected some of these, with "
+            f"commas between: {'; '.join(among)}."
+        )
+    return found
 
 
 def machine() -> dict[str, Any]:

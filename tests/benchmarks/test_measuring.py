@@ -70,3 +70,11 @@ def test_table():
     assert results.table(["name", "ms"], [["ours", 0.01234], ["theirs", 1234.5]]) == (
         "  name      ms\n  ours  0.0123\ntheirs    1234"
     )
+
+
+def test_names_given_to_a_flag():
+    among = ["torch", "torch, compiled", "flax"]
+    assert results.chosen("only", None, among) == among
+    assert results.chosen("only", "torch, compiled,flax", among) == among[1:]
+    with pytest.raises(SystemExit, match="--only names nnx: expected some of"):
+        results.chosen("only", "flax,nnx", among)
