@@ -1,15 +1,18 @@
-"""Fewer passes over memory: what XLA's CPU back end computes in one loop, and once.
+"""Fewer passes over memory: what XLA computes in one loop, once, or again.
 
-On other platforms XLA fuses the plain form, which is used there.
+CPU and GPU need help, each in its own way. On TPU XLA fuses the plain form best, into
+the convolutions around it.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bn_jax.layout import Layout
+from bn_jax.platforms import by_platform
 
 # As many parts are added in one loop. XLA unrolls it, and up to this length vectorises
 # what surrounds it, also where a network's branches are summed on the way.
@@ -26,7 +29,8 @@ def position_sums(layout: Layout, *values: jax.Array) -> list[jax.Array]:
     Plain sums of computed arrays are fast on CPU, but each array is written to memory
     first, for a library to add up. So one reduction of all of them adds up parts of the
     positions in the loop that computes the values, and the library gets only its short
-    results.
+    results. On GPU it adds up all positions: XLA fuses plain sums as well, but ends
+    each of them in a kernel of its own.
 
     Args:
       layout: that of the values.
@@ -35,12 +39,12 @@ def position_sums(layout: Layout, *values: jax.Array) -> list[jax.Array]:
     Returns:
       As many sums, (features) each, in that dtype.
     """
-    sums: list[jax.Array] = lax.platform_dependent(
+    return by_platform(
         *values,
         cpu=functools.partial(_sum_parts, layout),
+        gpu=functools.partial(_sum_together, layout),
         default=functools.partial(_sum, layout),
     )
-    return sums
 
 
 @position_sums.defjvp
@@ -65,10 +69,31 @@ def computed_once(*per_feature: jax.Array) -> list[jax.Array]:
     # XLA does not move a concatenation that is used in several places into a loop. (One
     # array alone would be none.) The barrier keeps it from taking it apart again.
     table = jnp.stack([*per_feature, per_feature[0]])
-    table = lax.platform_dependent(
+    table = by_platform(
         table, cpu=lax.optimization_barrier, default=lambda table: table
     )
     return list(table[:-1])
+
+
+def computed_again(*per_feature: jax.Array) -> list[jax.Array]:
+    """Arrays that XLA does not recognise, so that it computes what they yield anew.
+
+    On GPU a large array that two passes over memory compute alike would be computed
+    once, written and read twice; ReLU's mask even from the forward pass to the backward
+    one. On CPU and TPU each loop computes its own as it is.
+
+    Args:
+      *per_feature: of any shape and dtype. For a third pass give those of the second:
+        XLA recognises two results for the same arrays.
+
+    Returns:
+      The arrays.
+    """
+    return by_platform(*per_feature, gpu=_hidden, default=lambda *arrays: list(arrays))
+
+
+def _hidden(*arrays: jax.Array) -> list[jax.Array]:
+    return list(lax.optimization_barrier(arrays))
 
 
 def _sum(layout: Layout, *values: jax.Array) -> list[jax.Array]:
@@ -84,14 +109,24 @@ def _sum_parts(layout: Layout, *values: jax.Array) -> list[jax.Array]:
     axis = max(axes, key=lambda axis: _num_parts(shape[axis]))
     parts = _num_parts(shape[axis])
     split = (*shape[:axis], shape[axis] // parts, parts, *shape[axis + 1 :])
+    partial_sums = _reduce([value.reshape(split) for value in values], (axis + 1,))
+    return _sum(layout, *partial_sums)
+
+
+def _sum_together(layout: Layout, *values: jax.Array) -> list[jax.Array]:
+    return _reduce(values, layout.position_axes)
+
+
+def _reduce(values: Sequence[jax.Array], axes: Sequence[int]) -> list[jax.Array]:
+    """Sums as one reduction of several arrays."""
     zero = jnp.zeros((), values[0].dtype)
-    partial_sums = lax.reduce(
-        tuple(value.reshape(split) for value in values),
+    sums = lax.reduce(
+        tuple(values),
         (zero,) * len(values),
         lambda left, right: tuple(map(jnp.add, left, right)),
-        (axis + 1,),
+        axes,
     )
-    return _sum(layout, *partial_sums)
+    return list(sums)
 
 
 def _num_parts(size: int) -> int:

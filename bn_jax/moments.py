@@ -1,5 +1,6 @@
 """Count, mean and variance of a batch, and merging them exactly over its parts."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from bn_jax import collectives
 from bn_jax.collectives import AxisIndexGroups, AxisName
 from bn_jax.fusion import computed_once, position_sums
 from bn_jax.layout import Layout, make_layout
+from bn_jax.platforms import by_platform
 
 # The shift of the variance is the mean of one position in so many, where that leaves
 # enough of them.
@@ -153,44 +155,93 @@ def shared_moments(
     weights: jax.Array | None,
     axis_name: AxisName | None,
     groups: tuple[tuple[int, ...], ...] | None,
+    expected_mean: jax.Array | None = None,
 ) -> Moments:
-    """`moments` for arguments that have been checked."""
-    local = _local_moments(x, layout, weights)
+    """`moments` for arguments that have been checked.
+
+    An expected mean, (features), that is near the mean spares a TPU a pass over x. The
+    moments depend on it by rounding alone, however far off it is.
+    """
+    from_sample = functools.partial(_from_sample, layout)
+    # In checked `jax.shard_map` the forms must vary over the same axes: those of x.
+    if expected_mean is None or (
+        collectives.varying_axes(expected_mean) - collectives.varying_axes(x)
+    ):
+        mean, var = from_sample(x, weights)
+    else:
+        mean, var = by_platform(
+            *(x, weights, jax.lax.stop_gradient(expected_mean)),
+            tpu=functools.partial(_from_expected_mean, layout),
+            default=lambda x, weights, _: from_sample(x, weights),
+        )
+    local = Moments(_total_weight(x, layout, weights), mean, var)
     if axis_name is None:
         return local
     gathered = collectives.gather(jnp.stack(local), axis_name, groups)
     return _merge_stacked(Moments(*jnp.moveaxis(gathered, 1, 0)))
 
 
-def _local_moments(x: jax.Array, layout: Layout, weights: jax.Array | None) -> Moments:
+def _from_sample(
+    layout: Layout, x: jax.Array, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance about the mean of a sample, which is always near."""
     dtype = statistics_dtype(x)
     if weights is None:
-        total = jnp.full(layout.feature_shape, layout.num_positions, dtype)
         sample = _first_positions(x, layout)
         num_sampled = sample.size // max(math.prod(layout.feature_shape), 1)
         (shift,) = position_sums(layout, sample.astype(dtype))
         shift = shift / max(num_sampled, 1)
-        x = x.astype(dtype)
     else:
-        x = jnp.where(weights == 0, 0, x.astype(dtype))
-        total = _total_weight(weights, x.shape, layout)
-        (shift,) = position_sums(layout, weights * x)
-        shift = shift / nonzero_count(total)
+        (shift,) = position_sums(layout, weights * _unmasked(x, weights))
+        shift = shift / nonzero_count(_total_weight(x, layout, weights))
     # One bit less: a rounding that no compiler can fuse away. Where it divides by
     # multiplying, it would add the correction to a shift that was never rounded, and
     # that the deviations were not taken from.
     finfo = jnp.finfo(dtype)
     shift = jax.lax.reduce_precision(shift, finfo.nexp, finfo.nmant - 1)
     (shift,) = computed_once(jax.lax.stop_gradient(shift))
-    deviation = x - layout.expand(shift)
+    mean, var, _ = _moments_about(shift, layout, x, weights)
+    return mean, var
+
+
+def _from_expected_mean(
+    layout: Layout, x: jax.Array, weights: jax.Array | None, expected_mean: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance about the expected mean, or a sample's where that was far off.
+
+    On TPU XLA fuses the sums into the convolution that computes x, if they need nothing
+    else of x. The other branch is not computed as long as it is not taken.
+    """
+    expected_mean = expected_mean.astype(statistics_dtype(x))
+    mean, var, near = _moments_about(expected_mean, layout, x, weights)
+    # Of no values there is no mean, whatever was expected.
+    mean = jnp.where(_total_weight(x, layout, weights) == 0, 0, mean)
+    return jax.lax.cond(
+        jnp.all(near), lambda: (mean, var), lambda: _from_sample(layout, x, weights)
+    )
+
+
+def _moments_about(
+    shift: jax.Array, layout: Layout, x: jax.Array, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and variance from deviations from a shift, and whether that was near.
+
+    It was if what cancels in the variance is at most 7 times what remains.
+    """
+    total = _total_weight(x, layout, weights)
+    deviation = _unmasked(x, weights) - layout.expand(shift)
     weighted = deviation if weights is None else weights * deviation
     sums = position_sums(layout, weighted, weighted * deviation)
     correction, square = (value / nonzero_count(total) for value in sums)
-    return Moments(
-        count=total,
-        mean=shift + correction,
-        var=jnp.maximum(square - correction * correction, 0),
-    )
+    off = correction * correction
+    near = jnp.isfinite(square) & (off <= (1 - 1 / SAMPLING) * square)
+    return shift + correction, jnp.maximum(square - off, 0), near
+
+
+def _unmasked(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The input in the dtype of the sums, with 0 for padding, whatever that holds."""
+    x = x.astype(statistics_dtype(x))
+    return x if weights is None else jnp.where(weights == 0, 0, x)
 
 
 def _first_positions(x: jax.Array, layout: Layout) -> jax.Array:
@@ -201,11 +252,12 @@ def _first_positions(x: jax.Array, layout: Layout) -> jax.Array:
     return jax.lax.slice_in_dim(x, 0, math.ceil(x.shape[axis] / SAMPLING), axis=axis)
 
 
-def _total_weight(
-    weights: jax.Array, shape: tuple[int, ...], layout: Layout
-) -> jax.Array:
+def _total_weight(x: jax.Array, layout: Layout, weights: jax.Array | None) -> jax.Array:
+    if weights is None:
+        dtype = statistics_dtype(x)
+        return jnp.full(layout.feature_shape, layout.num_positions, dtype)
     repeats = math.prod(
-        shape[axis] for axis in layout.position_axes if weights.shape[axis] == 1
+        x.shape[axis] for axis in layout.position_axes if weights.shape[axis] == 1
     )
     total = jnp.sum(weights, axis=layout.position_axes) * repeats
     return jnp.broadcast_to(total, layout.feature_shape)

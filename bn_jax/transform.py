@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bn_jax import arguments, collectives
 from bn_jax.collectives import AxisIndexGroups, AxisName
-from bn_jax.fusion import computed_once, position_sums
+from bn_jax.fusion import computed_again, computed_once, position_sums
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import (
     Moments,
@@ -115,7 +115,7 @@ def batch_norm(
     num_devices = collectives.group_size(axis_name, groups)
     arguments.check_num_values(x, layout, num_devices)
     options = _Options(layout, float(eps), activation, axis_name, groups)
-    y, batch = _normalise_by_batch(options, params, x, weights)
+    y, batch = _normalise_by_batch(options, params, x, weights, stats.mean)
     if isinstance(stats, PopulationMoments):
         return y, update_population(stats, batch)
     return y, update_stats(stats, batch, decay=decay, unbiased=unbiased)
@@ -165,8 +165,10 @@ def _normalise_by_batch(
     params: BatchNormParams,
     x: jax.Array,
     weights: jax.Array | None,
+    expected_mean: jax.Array,
 ) -> tuple[jax.Array, Moments]:
-    return _normalise_by_batch_forward(options, params, x, weights)[0]
+    arrays = params, x, weights, expected_mean
+    return _normalise_by_batch_forward(options, *arrays)[0]
 
 
 def _normalise_by_batch_forward(
@@ -174,9 +176,12 @@ def _normalise_by_batch_forward(
     params: BatchNormParams,
     x: jax.Array,
     weights: jax.Array | None,
+    expected_mean: jax.Array,
 ) -> tuple[tuple[jax.Array, Moments], _Residuals]:
     layout = options.layout
-    batch = shared_moments(x, layout, weights, options.axis_name, options.groups)
+    batch = shared_moments(
+        x, layout, weights, options.axis_name, options.groups, expected_mean
+    )
     batch = Moments(*(checkpoint_name(field, MOMENTS_NAME) for field in batch))
     mean, inverse_std = batch.mean, jax.lax.rsqrt(batch.var + options.eps)
     y = _normalise(layout, options.activation, params, x, weights, mean, inverse_std)
@@ -188,7 +193,7 @@ def _normalise_by_batch_backward(
     options: _Options,
     residuals: _Residuals,
     cotangents: tuple[jax.Array, Moments],
-) -> tuple[BatchNormParams, jax.Array, jax.Array | None]:
+) -> tuple[BatchNormParams, jax.Array, jax.Array | None, None]:
     """Section 3's gradients, with the sums over the batch gathered first.
 
     With xhat the normalised values, g the output's cotangent where the activation
@@ -204,18 +209,30 @@ def _normalise_by_batch_backward(
     params, x, weights, total_weight, mean, inverse_std = residuals
     layout = options.layout
     scale, bias = _filled(params, mean)
-    mean, slope, bias = computed_once(mean, inverse_std * scale, bias)
     grad = cotangents[0].astype(mean.dtype)
-    centred = _centre(layout, x, mean)
-    passes = None if weights is None else weights != 0
-    if passes is not None:
-        centred = jnp.where(passes, centred, 0)
-    if options.activation == "relu":
-        positive = _scale_and_shift(layout, centred, slope, bias) > 0
-        passes = positive if passes is None else passes & positive
-    passing = grad if passes is None else jnp.where(passes, grad, 0)
 
-    grad_sum, product_sum = position_sums(layout, passing, passing * centred)
+    def centred_and_passes(
+        mean: jax.Array, slope: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The deviations from the mean, and where the output passes its cotangent."""
+        centred = _centre(layout, x, mean)
+        passes = None if weights is None else weights != 0
+        if passes is not None:
+            centred = jnp.where(passes, centred, 0)
+        if options.activation == "relu":
+            positive = centred * layout.expand(slope) > -layout.expand(bias)
+            passes = positive if passes is None else passes & positive
+        return centred, passes
+
+    # Each sum, and dx, computes what it needs again, so that no mask is stored.
+    per_feature = computed_once(mean, inverse_std * scale, bias)
+    first = computed_again(*per_feature)
+    _, passes = centred_and_passes(*first)
+    passing = grad if passes is None else jnp.where(passes, grad, 0)
+    second = computed_again(*first)
+    centred, passes = centred_and_passes(*second)
+    passing_again = grad if passes is None else jnp.where(passes, grad, 0)
+    grad_sum, product_sum = position_sums(layout, passing, passing_again * centred)
     sums = jnp.stack([grad_sum, product_sum * inverse_std])
     # Devices may hold different scales, so what flows through the moments they share is
     # scaled before it is summed. The unscaled sums come along for parameters that are
@@ -228,6 +245,9 @@ def _normalise_by_batch_backward(
     moments_slope, moments_shift = computed_once(
         jnp.square(inverse_std) * scaled_product_mean, inverse_std * scaled_grad_mean
     )
+    third = computed_again(*second)
+    centred, passes = centred_and_passes(*third)
+    slope = third[1]
     through_moments = _scale_and_shift(layout, centred, moments_slope, moments_shift)
     if weights is not None:
         through_moments = weights * through_moments
@@ -267,6 +287,7 @@ def _normalise_by_batch_backward(
         ),
         collectives.match_varying(grad_x.astype(x.dtype), x),
         grad_weights,
+        None,
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bn_jax import fusion
-from bn_jax.fusion import computed_once, position_sums
+from bn_jax.fusion import computed_again, computed_once, position_sums
 from bn_jax.layout import make_layout
+from tests.bn_jax.forms import forms_of
 
 # Large enough to be summed in parts; the last ones small, odd, or without any parts.
 CASES = [
@@ -43,6 +44,17 @@ def test_sums(shape, axis):
         assert actual.dtype == jnp.float32
         assert actual.shape == expected.shape
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_sums_of_all_positions_together(shape, axis):
+    layout = make_layout(shape, axis)
+    x, y = values(shape), values(shape, 1)
+    sums = jax.jit(functools.partial(fusion._sum_together, layout))(x, y)
+    for actual, array in zip(sums, (x, y), strict=True):
+        # A CPU adds them up one after another, which a GPU does not.
+        expected = np.sum(np.asarray(array, np.float64), layout.position_axes)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_parts_are_as_accurate_as_the_library():
@@ -98,10 +110,28 @@ def test_computed_values_are_not_written_to_memory():
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_computed_once_changes_nothing(number):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("function", [computed_once, computed_again])
+def test_nothing_is_changed(function, platform, number):
     arrays = [values((8,), seed) for seed in range(number)]
-    for actual, expected in zip(jax.jit(computed_once)(*arrays), arrays, strict=True):
+    with forms_of(platform):
+        found = jax.jit(function)(*arrays)
+    for actual, expected in zip(found, arrays, strict=True):
         np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("platform", "barriers"), [("cuda", 2), ("cpu", 0), ("tpu", 0)]
+)
+def test_on_gpu_each_call_yields_other_arrays(platform, barriers):
+    def twice(scale):
+        first = computed_again(scale)
+        second = computed_again(*first)
+        return jnp.sin(first[0]), jnp.sin(second[0])
+
+    traced = jax.jit(twice).trace(values((8,)))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.optimization_barrier") == barriers
 
 
 def test_computed_once_stays_out_of_the_loop():
