@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import (
+    compiled,
+    mnist,
+    network,
+    op,
+    peers,
+    report,
+    results,
+    scaling,
+    targets,
+)
 from benchmarks import input as input_benchmark
-from benchmarks import mnist, network, op, peers, report, results, scaling
 from benchmarks.resnet import ResNet50
 from tests.bn_jax.reference import lenient
 
@@ -55,6 +65,32 @@ def test_op():
     assert rows[0]["ratio"] == 1
     assert rows[0]["kept"] < rows[1]["kept"]
     assert [row["name"] for row in op.summarise(rows)] == ["flax.linen"]
+
+
+def test_compiled(tmp_path):
+    flags = dict.fromkeys(("dtypes", "only"))
+    compiled.main(tiny(tmp_path, target="cpu", networks="inception", **flags))
+    rows = results.read(tmp_path / "results.json")["rows"]
+    assert [row["name"] for row in rows] == list(network.contestants())
+    for row in rows:
+        assert row["temporary_megabytes"] > 0
+        assert row["gigabytes"] > 0
+        assert row["instructions"] > 100
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_a_compiler_that_is_not_installed(target, monkeypatch):
+    missing = targets.TARGETS[target]._replace(plugin="no_such_package.no_module")
+    monkeypatch.setitem(targets.TARGETS, target, missing)
+    with pytest.raises(SystemExit, match=r"no compiler .* pip install 'jax\["):
+        targets.devices(target)
+
+
+def test_estimated_cycles():
+    outside, *inside = (f'"estimated_cycles":"{cycles}"' for cycles in (7, 20, 3))
+    hlo = "\n".join([outside, "ENTRY main", *inside])
+    assert targets.estimated_cycles(hlo) == 23
+    assert targets.estimated_cycles("a\nENTRY b") is None
 
 
 def test_mnist(tmp_path, monkeypatch):

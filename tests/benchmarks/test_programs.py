@@ -49,3 +49,16 @@ def test_temporary_bytes():
     x = jnp.ones((256, 256))
     compiled = jax.jit(lambda x: (x @ x) @ x).lower(x).compile()
     assert programs.temporary_bytes(compiled) >= x.nbytes
+
+
+def test_traffic():
+    instructions, num_bytes, mask_bytes = programs.traffic(HLO)
+    # The loop, both reductions and the gathering: 128 bytes in, 256 out; 128 and 16; 16
+    # and 16; 16 and 16.
+    assert instructions == 4
+    assert num_bytes == (128 + 256) + (128 + 16) + (16 + 16) + (16 + 16)
+    assert mask_bytes == 0
+    masked = HLO.replace(
+        "(f32[8,4]{1,0}, f32[8,4]{1,0}) fusion", "pred[8,4]{1,0} fusion"
+    )
+    assert programs.traffic(masked) == (4, num_bytes - 256 + 32, 32)
