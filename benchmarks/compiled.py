@@ -7,10 +7,10 @@ The networks of `python -m benchmarks.network`, of which only the norm changes, 
 compiled for one device and looked at: memory beside arguments and results, how many
 instructions run (on a GPU kernels and library calls, beside copies), what they read and
 write, and the masks among it; for TPUs also XLA's own estimate of the cycles. These are
-no times, but nothing disturbs them. Bytes are as XLA counts them; on a GPU, where it does
-not, all of each instruction's operands and results. Compiling takes a quarter of a minute
-each for a GPU, and some three minutes for a TPU. `benchmarks/targets.py` says what to
-install.
+no times, but nothing disturbs them. Bytes are as XLA counts them; on a GPU, where it
+does not, all of each instruction's operands and results. Compiling takes a quarter of a
+minute each for a GPU, and some three minutes for a TPU. `benchmarks/targets.py` says
+what to install. In the file of results, rows of other targets stay.
 """
 
 import argparse
@@ -57,6 +57,8 @@ def main(arguments: argparse.Namespace) -> None:
                 ]
                 _print(own)
                 rows += own
+    kept = results.read(arguments.output)["rows"] if arguments.output.exists() else []
+    rows += [row for row in kept if row["target"] not in chosen]
     results.write(arguments.output, {"machine": results.machine(), "rows": rows})
 
 

@@ -13,6 +13,8 @@ _COLLECTIVE = re.compile(
     r"collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
 )
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+_INSTRUCTION = re.compile(r"%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)")
+_MASK = re.compile(r"pred\[([\d,]*)\]")
 _ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
@@ -54,39 +56,61 @@ class Traffic(NamedTuple):
     """What the instructions of a program move through memory."""
 
     instructions: int  # that run; on a GPU kernels, library calls and copies
-    num_bytes: int  # of their operands and results, each counted whole
+    num_bytes: int  # of their operands and results; of sliced operands the slices
     mask_bytes: int  # of results that are booleans, one byte each
 
 
 def traffic(hlo: str) -> Traffic:
     """Adds up a compiled program; what is inside its loops and branches is left out."""
-    entry = hlo[hlo.index("\nENTRY") :]
-    types, counted = {}, []
-    for line in entry.splitlines():
-        match = re.search(r"%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", line)
-        if match:
-            name, shapes, operation, operands = match.groups()
-            types[name] = shapes
-            if operation not in _FREE:
-                counted.append((shapes, re.findall(r"%([\w.-]+)", operands)))
-    return Traffic(
-        instructions=len(counted),
-        num_bytes=sum(
-            _bytes(shapes) + sum(_bytes(types.get(name, "")) for name in operands)
-            for shapes, operands in counted
-        ),
-        mask_bytes=sum(
-            _product(sizes)
-            for shapes, _ in counted
-            for sizes in re.findall(r"pred\[([\d,]*)\]", shapes)
-        ),
-    )
+    start = hlo.index("\nENTRY")
+    sliced = {
+        f"%{name}": _sliced_parameters(body)
+        for name, body in re.findall(
+            r"^%([\w.-]+) \(.*?\{\n(.*?)^\}", hlo[:start], re.MULTILINE | re.DOTALL
+        )
+    }
+    types: dict[str, str] = {}
+    instructions = num_bytes = mask_bytes = 0
+    for line in hlo[start:].splitlines():
+        match = _INSTRUCTION.search(line)
+        if not match:
+            continue
+        name, shapes, operation, operands = match.groups()
+        types[name] = shapes
+        if operation in _FREE:
+            continue
+        instructions += 1
+        mask_bytes += sum(_product(sizes) for sizes in _MASK.findall(shapes))
+        num_bytes += _bytes(shapes)
+        called = re.search(r"calls=(%[\w.-]+)", line)
+        slices = sliced.get(called[1], {}) if called else {}
+        for index, operand in enumerate(re.findall(r"%([\w.-]+)", operands)):
+            num_bytes += slices.get(index, _bytes(types.get(operand, "")))
+    return Traffic(instructions, num_bytes, mask_bytes)
+
+
+def _sliced_parameters(body: str) -> dict[int, int]:
+    """Bytes of the slices of those parameters that only slices are taken of."""
+    found = {}
+    instructions = _INSTRUCTION.findall(body)
+    for name, _, operation, index in instructions:
+        if operation != "parameter":
+            continue
+        users = [
+            (operation, shapes)
+            for _, shapes, operation, operands in instructions
+            if name in re.findall(r"%([\w.-]+)", operands)
+        ]
+        if users and all(operation == "slice" for operation, _ in users):
+            found[int(index)] = sum(_bytes(shapes) for _, shapes in users)
+    return found
 
 
 def _bytes(shapes: str) -> int:
-    return sum(
+    numbers = sum(
         int(bits) // 8 * _product(sizes) for _, bits, sizes in _ARRAY.findall(shapes)
-    ) + sum(_product(sizes) for sizes in re.findall(r"pred\[([\d,]*)\]", shapes))
+    )
+    return numbers + sum(_product(sizes) for sizes in _MASK.findall(shapes))
 
 
 def _sizes(shapes: str) -> list[int]:

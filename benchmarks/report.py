@@ -18,6 +18,8 @@ from benchmarks import peers, results
 from benchmarks.measuring import geometric_mean
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+# Not of `python -m benchmarks.all`: that needs no compilers of accelerators.
+COMPILED = results.RESULTS / "compiled.json"
 PICTURES = Path(__file__).parents[1] / "docs" / "results" / "performance"
 TRAINING = "forward and backward"
 JAX_PEERS = set(peers.JAX_LAYERS) - {"bn_jax"}
@@ -49,6 +51,8 @@ def main() -> None:
         for marker, block in make_tables(content).items():
             text = replace_block(text, marker, block)
         text = replace_block(text, f"{name}-machine", describe(content["machine"]))
+    for marker, block in compiled_tables(results.read(COMPILED)).items():
+        text = replace_block(text, marker, block)
     PAGE.write_text(text)
 
 
@@ -364,6 +368,31 @@ def scaling_tables(content: dict[str, Any]) -> dict[str, str]:
         rows = content[name]
         head = [key.replace("_", " ") for key in rows[0]]
         blocks[f"scaling-{name}"] = markdown(head, [list(row.values()) for row in rows])
+    return blocks
+
+
+def compiled_tables(content: dict[str, Any]) -> dict[str, str]:
+    """What was compiled for each target."""
+    keys = {
+        "network": "network",
+        "batch": "batch",
+        "": "name",
+        "memory, MB": "temporary_megabytes",
+        "instructions": "instructions",
+        "read and written, GB": "gigabytes",
+        "masks, MB": "mask_megabytes",
+        "estimated Mcycles": "megacycles",
+    }
+    blocks = {}
+    for target in dict.fromkeys(row["target"] for row in content["rows"]):
+        rows = _select(content["rows"], target=target)
+        shown = {
+            head: key
+            for head, key in keys.items()
+            if any(row[key] is not None for row in rows)
+        }
+        body = [[row[key] for key in shown.values()] for row in rows]
+        blocks[f"compiled-{target}"] = markdown(list(shown), body)
     return blocks
 
 

@@ -5,6 +5,7 @@ the convolutions around it.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -52,6 +53,28 @@ def _position_sums_jvp(
     layout: Layout, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     return position_sums(layout, *primals), _sum(layout, *tangents)
+
+
+def position_mean(layout: Layout, value: jax.Array) -> jax.Array:
+    """The mean over the positions, to be rounded or converted and no more.
+
+    On GPU each value is divided before it is summed: the sum and what follows it are
+    then one kernel.
+
+    Args:
+      layout: that of the value, but for the number of positions.
+      value: of any number of positions.
+
+    Returns:
+      The mean, (features); 0 of no positions.
+    """
+    num_positions = value.size // max(math.prod(layout.feature_shape), 1)
+    divisor = max(num_positions, 1)
+    return by_platform(
+        value,
+        gpu=lambda value: _sum(layout, value / divisor)[0],
+        default=lambda value: position_sums(layout, value)[0] / divisor,
+    )
 
 
 def computed_once(*per_feature: jax.Array) -> list[jax.Array]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bn_jax import collectives
 from bn_jax.collectives import AxisIndexGroups, AxisName
-from bn_jax.fusion import computed_once, position_sums
+from bn_jax.fusion import computed_once, position_mean, position_sums
 from bn_jax.layout import Layout, make_layout
 from bn_jax.platforms import by_platform
 
@@ -47,8 +47,8 @@ def moments(
 
     One pass over deviations from a shift, whose own mean then corrects mean and
     variance (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample
-    variance", the shifted form). The shift is the mean of the first eighth of the
-    positions, or with weights, some of which may be 0, that of all positions.
+    variance", the shifted form). The shift is the mean of every eighth position, or
+    with weights, some of which may be 0, that of all positions.
 
     Next to nothing cancels, however far the mean is from zero and however the values
     are ordered: the variance between a part with the share f of the values and the
@@ -187,10 +187,7 @@ def _from_sample(
     """Mean and variance about the mean of a sample, which is always near."""
     dtype = statistics_dtype(x)
     if weights is None:
-        sample = _first_positions(x, layout)
-        num_sampled = sample.size // max(math.prod(layout.feature_shape), 1)
-        (shift,) = position_sums(layout, sample.astype(dtype))
-        shift = shift / max(num_sampled, 1)
+        shift = position_mean(layout, _sample(x, layout).astype(dtype))
     else:
         (shift,) = position_sums(layout, weights * _unmasked(x, weights))
         shift = shift / nonzero_count(_total_weight(x, layout, weights))
@@ -244,12 +241,17 @@ def _unmasked(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x if weights is None else jnp.where(weights == 0, 0, x)
 
 
-def _first_positions(x: jax.Array, layout: Layout) -> jax.Array:
-    """An eighth of the positions or a little more; all of them if they are few."""
+def _sample(x: jax.Array, layout: Layout) -> jax.Array:
+    """One position in eight, or a few more of them; all if they are few."""
     if layout.num_positions <= SAMPLING * MIN_SAMPLE:
         return x
-    axis = layout.position_axes[0]
-    return jax.lax.slice_in_dim(x, 0, math.ceil(x.shape[axis] / SAMPLING), axis=axis)
+    # Of each example, where it has several positions: under `jax.jit` over a batch that
+    # is divided over devices, a sample of the examples would be sent between them.
+    batch, *others = layout.position_axes
+    axis = max(others, key=lambda axis: x.shape[axis], default=batch)
+    if x.shape[axis] < SAMPLING // 2:
+        axis = batch
+    return jax.lax.slice_in_dim(x, 0, None, SAMPLING, axis)
 
 
 def _total_weight(x: jax.Array, layout: Layout, weights: jax.Array | None) -> jax.Array:

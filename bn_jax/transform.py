@@ -220,6 +220,7 @@ def _normalise_by_batch_backward(
         if passes is not None:
             centred = jnp.where(passes, centred, 0)
         if options.activation == "relu":
+            # That y > 0: the less a mask costs, the more loops XLA computes it in.
             positive = centred * layout.expand(slope) > -layout.expand(bias)
             passes = positive if passes is None else passes & positive
         return centred, passes

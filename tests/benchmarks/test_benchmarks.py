@@ -165,4 +165,6 @@ def test_the_page_has_a_place_for_every_table():
     for name in report.PARTS:
         content = results.read(results.RESULTS / f"{name}.json")
         text = machines(text, f"{name}-machine", report.describe(content["machine"]))
+    for marker, block in report.compiled_tables(results.read(report.COMPILED)).items():
+        text = report.replace_block(text, marker, block)
     assert text == report.PAGE.read_text()

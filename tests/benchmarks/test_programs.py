@@ -62,3 +62,16 @@ def test_traffic():
         "(f32[8,4]{1,0}, f32[8,4]{1,0}) fusion", "pred[8,4]{1,0} fusion"
     )
     assert programs.traffic(masked) == (4, num_bytes - 256 + 32, 32)
+
+
+def test_of_a_sliced_operand_the_slice_is_read():
+    body = """%body (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %slice.1 = f32[2,4]{1,0} slice(%x), slice={[0:2], [0:4]}
+"""
+    begin = HLO.index("%body (x")
+    end = HLO.index("}\n\nENTRY")
+    whole, sliced = (
+        programs.traffic(hlo).num_bytes for hlo in (HLO, HLO[:begin] + body + HLO[end:])
+    )
+    assert whole - sliced == 128 - 32

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import MOMENTS_NAME, BatchNormParams, batch_norm
 from tests.bn_jax.reference import lenient, make_problem
@@ -247,3 +247,20 @@ def test_only_results_are_written_to_memory(dtype):
     with lenient():
         flax = jax.jit(training_step(theirs)).lower(params, x, dy).compile()
     assert temporary <= flax.memory_analysis().temp_size_in_bytes / 2
+
+
+@pytest.mark.parametrize("shape", [(32, 14, 14, 8), (4096, 8)])
+def test_a_divided_batch_stays_where_it_is(shape):
+    """Under jit over sharded arrays, only sums over the devices are communicated."""
+    split = NamedSharding(device_mesh(4), PartitionSpec("a"))
+    problem = make_problem(shape)
+
+    def loss(params, x):
+        y, _ = batch_norm(params, problem.stats, x, train=True, activation="relu")
+        return jnp.sum(y**2)
+
+    x = jax.device_put(problem.x, split)
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1))).lower(problem.params, x).compile()
+    )
+    assert set(count_collectives(compiled.as_text())) == {"all-reduce"}

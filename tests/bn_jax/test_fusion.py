@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from bn_jax import fusion
-from bn_jax.fusion import computed_again, computed_once, position_sums
+from bn_jax.fusion import (
+    computed_again,
+    computed_once,
+    position_mean,
+    position_sums,
+)
 from bn_jax.layout import make_layout
 from tests.bn_jax.forms import forms_of
 
@@ -55,6 +60,18 @@ def test_sums_of_all_positions_together(shape, axis):
         # A CPU adds them up one after another, which a GPU does not.
         expected = np.sum(np.asarray(array, np.float64), layout.position_axes)
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_mean(platform, shape, axis):
+    layout = make_layout(shape, axis)
+    x = values(shape)
+    with forms_of(platform):
+        mean = jax.jit(functools.partial(position_mean, layout))(x)
+    array = np.asarray(x, np.float64)
+    expected = array.sum(layout.position_axes) / max(layout.num_positions, 1)
+    np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_are_as_accurate_as_the_library():
