@@ -66,6 +66,8 @@ def batch_norm(
       params: scale and bias, (features) each; None for either leaves it out.
       stats: mean and variance, (features) each, float32 or float64. In training also
         `PopulationMoments`, which gather batches for Algorithm 2 and do not decay.
+        In training y does not depend on them, but on TPU by rounding: the batch's
+        moments are taken about the mean that they expect.
       x: any rank; float16, bfloat16, float32 or float64.
       train: normalise by the batch (True) or by the statistics (False).
       axis: the feature axis or axes, every other axis is averaged over: -1 for dense
