@@ -56,6 +56,30 @@ def test_the_default_is_for_platforms_without_a_form():
     assert "dense<5.0" in lowered(scaled, "tpu", 1.0)
 
 
+@pytest.mark.parametrize("platform", NAMES)
+def test_within_a_form_nothing_is_chosen_again(platform):
+    traced = []
+
+    def inner(name, x):
+        traced.append(name)
+        return x + 1
+
+    def outer(x):
+        forms = {name: functools.partial(inner, name) for name in ("cpu", "gpu", "tpu")}
+        return by_platform(x, default=functools.partial(inner, "default"), **forms)
+
+    def nested(x):
+        return by_platform(x, default=outer, gpu=outer)
+
+    jax.jit(nested).trace(1.0)
+    # As the default every form is needed, on a GPU, of two names, that of GPUs alone.
+    assert sorted(traced) == sorted(
+        ["gpu"] * 2 + ["cpu", "gpu", "gpu", "tpu", "default"]
+    )
+    assert outer(1.0) == 2
+    assert lowered(nested, platform, 1.0)
+
+
 @pytest.mark.parametrize(
     ("platform", "hides", "chooses"),
     [("cpu", True, False), ("cuda", True, False), ("tpu", False, True)],
