@@ -8,6 +8,7 @@ their errors are printed by whoever is left to notice them.
 import functools
 import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,19 @@ def silence_leftovers() -> None:
 
 def _is_no_error_of_orbax(record: logging.LogRecord) -> bool:
     """Leaves out the errors that Orbax logs: it raises them, too."""
-    return record.levelno < logging.ERROR or "orbax" not in Path(record.pathname).parts
+    return record.levelno < logging.ERROR or not _is_of_orbax(record.pathname)
 
 
 def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
+    """Leaves out what nobody asked Orbax's tasks, or futures of theirs, for."""
     message = record.getMessage()
-    return "exception was never retrieved" not in message or "orbax" not in message
+    if "exception was never retrieved" not in message:
+        return True
+    # A task is named in the message, a future is known by where its error comes from.
+    _, _, trace = record.exc_info or (None, None, None)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return "orbax" not in message and not any(map(_is_of_orbax, files))
+
+
+def _is_of_orbax(file: str) -> bool:
+    return "orbax" in Path(file).parts
