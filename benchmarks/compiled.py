@@ -30,20 +30,25 @@ SETTINGS = {
     "v5e": [("inception", 224, 1.0, 128), ("resnet50", 224, 1.0, 128)],
     "cpu": [("inception", 64, 0.25, 32), ("resnet50", 64, 0.5, 16)],
 }
+COLUMNS = {
+    "": "name",
+    "memory, MB": "temporary_megabytes",
+    "instructions": "instructions",
+    "read and written, GB": "gigabytes",
+    "masks, MB": "mask_megabytes",
+    "estimated Mcycles": "megacycles",
+}
 TINY = [("inception", 32, 1 / 16, 4), ("resnet50", 32, 1 / 16, 4)]
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Compiles, prints a table a network and writes the results."""
-    chosen = results.chosen("target", arguments.target, list(SETTINGS))
-    dtypes = results.chosen("dtypes", arguments.dtypes, ["bfloat16", "float32"])
-    if arguments.dtypes is None:
-        dtypes = ["bfloat16"]
+    chosen = results.chosen("target", arguments.target or "h200", list(SETTINGS))
+    known = ["bfloat16", "float32"]
+    dtypes = results.chosen("dtypes", arguments.dtypes or "bfloat16", known)
     only = results.chosen("only", arguments.only, list(contestants()))
     # Networks have the same names everywhere.
     networks = results.chosen("networks", arguments.networks, [s[0] for s in TINY])
-    if arguments.target is None:
-        chosen = ["h200"]
     # A compiler for GPUs or TPUs would look for one to run on.
     jax.config.update("jax_platforms", "cpu")
     for target in chosen:
@@ -132,16 +137,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         f"{first['batch']} images of {first['image_size']}x{first['image_size']}, "
         f"{first['dtype']}"
     )
-    columns = {
-        "": "name",
-        "memory, MB": "temporary_megabytes",
-        "instructions": "instructions",
-        "read and written, GB": "gigabytes",
-        "masks, MB": "mask_megabytes",
-        "estimated Mcycles": "megacycles",
-    }
-    body = [[row[key] for key in columns.values()] for row in rows]
-    print(results.table(list(columns), body), flush=True)
+    body = [[row[key] for key in COLUMNS.values()] for row in rows]
+    print(results.table(list(COLUMNS), body), flush=True)
 
 
 if __name__ == "__main__":

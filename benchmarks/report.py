@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import peers, results
+from benchmarks import compiled, peers, results
 from benchmarks.measuring import geometric_mean
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -373,16 +373,7 @@ def scaling_tables(content: dict[str, Any]) -> dict[str, str]:
 
 def compiled_tables(content: dict[str, Any]) -> dict[str, str]:
     """What was compiled for each target."""
-    keys = {
-        "network": "network",
-        "batch": "batch",
-        "": "name",
-        "memory, MB": "temporary_megabytes",
-        "instructions": "instructions",
-        "read and written, GB": "gigabytes",
-        "masks, MB": "mask_megabytes",
-        "estimated Mcycles": "megacycles",
-    }
+    keys = {"network": "network", "batch": "batch", **compiled.COLUMNS}
     blocks = {}
     for target in dict.fromkeys(row["target"] for row in content["rows"]):
         rows = _select(content["rows"], target=target)
