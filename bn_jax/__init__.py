@@ -1,6 +1,10 @@
 """Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
 
+import jax.export
+
+from bn_jax.batch_norm import MOMENTS_NAME, batch_norm
 from bn_jax.folding import fold_conv, fold_dense, inference_affine
+from bn_jax.ghost import ghost_batch_norm
 from bn_jax.micro_batches import accumulate_gradients
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
@@ -16,8 +20,12 @@ from bn_jax.population import (
 )
 from bn_jax.renormalisation import batch_renorm
 from bn_jax.statistics import BatchStats, init_stats
-from bn_jax.transform import MOMENTS_NAME, batch_norm
-from bn_jax.virtual_batches import ghost_batch_norm
+
+# So that `jax.export` can serialise functions of them.
+for _type in (BatchNormParams, BatchStats, Moments, PopulationMoments):
+    jax.export.register_namedtuple_serialization(
+        _type, serialized_name=f"bn_jax.{_type.__name__}"
+    )
 
 __version__ = "0.1.0"
 

@@ -2,17 +2,101 @@
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from bn_jax.layout import Layout
+from bn_jax import collectives
+from bn_jax.activations import ActivationName
+from bn_jax.collectives import AxisIndexGroups, AxisName, Groups
+from bn_jax.layout import Layout, make_layout
+from bn_jax.moments import check_weights
 from bn_jax.params import BatchNormParams
 from bn_jax.population import PopulationMoments
 from bn_jax.statistics import BatchStats
 
-ACTIVATIONS = (None, "relu")
+
+class Options(NamedTuple):
+    """What the transform needs to know before it sees a value."""
+
+    feature_axes: tuple[int, ...]
+    eps: float
+    activation: ActivationName | None
+    axis_name: AxisName | None
+    groups: Groups | None
+    unbiased: bool
+    skip_nonfinite: bool
+
+
+class Call(NamedTuple):
+    """A call of the transform whose arguments have been checked."""
+
+    options: Options
+    params: BatchNormParams
+    stats: Any
+    x: jax.Array
+    weights: jax.Array | None
+    decay: ArrayLike
+
+    @property
+    def layout(self) -> Layout:
+        """How x's axes are used."""
+        return make_layout(self.x.shape, self.options.feature_axes)
+
+
+def check(
+    params: BatchNormParams,
+    stats: BatchStats | PopulationMoments,
+    x: ArrayLike,
+    *,
+    train: bool,
+    gathering: bool = True,
+    axis: int | Sequence[int],
+    decay: ArrayLike,
+    eps: float,
+    weights: ArrayLike | None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    activation: ActivationName | None,
+    unbiased: bool,
+    skip_nonfinite: bool,
+    single_value: Literal["error", "bias"] = "error",
+) -> Call:
+    """Checks what `bn_jax.batch_norm` takes, and makes arrays of what is like one.
+
+    `gathering`: in training, `PopulationMoments` are welcome as statistics.
+    """
+    check_eps(eps)
+    _check_decay(decay)
+    check_choices(activation, single_value)
+    x = jnp.asarray(x)
+    layout = make_layout(x.shape, axis)
+    checked_weights = check_weights(x, weights)
+    check_types(params, stats, gathering=train and gathering)
+    params, stats = jax.tree.map(jnp.asarray, (params, stats))
+    source = f"x of shape {x.shape} along its feature axes {layout.feature_axes}"
+    check_features(params, stats, layout.feature_shape, source)
+    groups = collectives.check_groups(axis_name, axis_index_groups)
+    options = Options(
+        layout.feature_axes,
+        float(eps),
+        activation,
+        axis_name,
+        groups,
+        bool(unbiased),
+        bool(skip_nonfinite),
+    )
+    call = Call(options, params, stats, x, checked_weights, decay)
+    if train:
+        check_precision(stats)
+        if single_value == "error":
+            num_devices = collectives.group_size(axis_name, groups)
+            check_num_values(x, layout, num_devices)
+    return call
 
 
 def check_eps(eps: float) -> None:
@@ -23,10 +107,10 @@ def check_eps(eps: float) -> None:
             "a Python float."
         )
     if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive, got {eps}; 1e-3 is usual.")
+        raise ValueError(f"eps must be positive, got {eps}; 1e-5 is usual.")
 
 
-def check_decay(decay: float | jax.Array) -> None:
+def _check_decay(decay: ArrayLike) -> None:
     """A decay is within [0, 1], where its value is known when tracing."""
     if isinstance(decay, jax.core.Tracer):
         return
@@ -44,12 +128,17 @@ def check_decay(decay: float | jax.Array) -> None:
         )
 
 
-def check_activation(activation: str | None) -> None:
-    """The activation is one that is fused."""
-    if activation not in ACTIVATIONS:
+def check_choices(activation: str | None, single_value: str) -> None:
+    """Arguments that are one of a few words are one of them."""
+    activations = (None, *get_args(ActivationName))
+    if activation not in activations:
         raise ValueError(
-            f"activation must be one of {ACTIVATIONS}, got {activation!r}; apply "
+            f"activation must be one of {activations}, got {activation!r}; apply "
             "others to the output."
+        )
+    if single_value not in ("error", "bias"):
+        raise ValueError(
+            f"single_value must be 'error' or 'bias', got {single_value!r}."
         )
 
 
@@ -122,12 +211,13 @@ def check_precision(stats: BatchStats | PopulationMoments) -> None:
             )
 
 
-def check_num_values(x: jax.Array, layout: Layout, num_devices: int) -> None:
+def check_num_values(x: jax.Array, layout: Layout, num_devices: int = 1) -> None:
     """Training has more than one value per feature."""
     if layout.num_positions * num_devices == 1:
         raise ValueError(
             f"training needs more than one value per feature, got x of shape {x.shape} "
             f"with feature axes {layout.feature_axes} on {num_devices} device(s): the "
             "output would be the bias whatever x is. Use a larger batch, share moments "
-            "over devices with axis_name, or pass train=False."
+            "over devices with axis_name, pass train=False, or single_value='bias' to "
+            "get the bias."
         )

@@ -11,11 +11,16 @@ from jax import lax
 
 AxisName = Hashable | tuple[Hashable, ...]
 AxisIndexGroups = Sequence[Sequence[int]]
+Groups = tuple[tuple[int, ...], ...]  # checked and hashable
+
+# Up to so many devices may receive all the others' numbers: one collective in place of
+# two, whose latency counts more than its size.
+MAX_GATHERED = 8
 
 
 def check_groups(
     axis_name: AxisName | None, groups: AxisIndexGroups | None
-) -> tuple[tuple[int, ...], ...] | None:
+) -> Groups | None:
     """Checks device groups and makes them hashable.
 
     Args:
@@ -51,20 +56,14 @@ def check_groups(
     return groups
 
 
-def group_size(
-    axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None
-) -> int:
+def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
     """The number of devices that share moments: 1 without a mapped axis."""
     if axis_name is None:
         return 1
     return lax.axis_size(axis_name) if groups is None else len(groups[0])
 
 
-def gather(
-    value: jax.Array,
-    axis_name: AxisName,
-    groups: tuple[tuple[int, ...], ...] | None,
-) -> jax.Array:
+def gather(value: jax.Array, axis_name: AxisName, groups: Groups | None) -> jax.Array:
     """Stacks every device's value along a new leading axis, in one collective.
 
     Without groups each device adds its value into a slot of its own, since `lax.psum`
@@ -90,20 +89,30 @@ def gather(
 
 
 def group_sum(
-    value: jax.Array,
-    axis_name: AxisName | None,
-    groups: tuple[tuple[int, ...], ...] | None,
+    value: jax.Array, axis_name: AxisName | None, groups: Groups | None
 ) -> jax.Array:
-    """Sums over the devices that share moments, in one collective."""
+    """Sums over the devices that share moments, the same bits on each of them.
+
+    One collective; within groups of more than `MAX_GATHERED` two, of which the first
+    leaves each device with the sum of a share of the numbers: `lax.psum` takes no
+    groups in `jax.shard_map`'s checked mode.
+    """
     if axis_name is None:
         return value
     if groups is None:
         return lax.psum(value, axis_name)
-    return gather(value, axis_name, groups).sum(0)
+    size = len(groups[0])
+    if size <= MAX_GATHERED:
+        return gather(value, axis_name, groups).sum(0)
+    flat = value.reshape(-1)
+    padded = jnp.pad(flat, (0, -flat.size % size))
+    share = lax.psum_scatter(padded, axis_name, axis_index_groups=groups, tiled=True)
+    total = lax.all_gather(share, axis_name, axis_index_groups=groups, tiled=True)
+    return total[: flat.size].reshape(value.shape)
 
 
 def summed_axes(
-    axis_name: AxisName | None, groups: tuple[tuple[int, ...], ...] | None
+    axis_name: AxisName | None, groups: Groups | None
 ) -> frozenset[Hashable]:
     """The axes that `group_sum` sums over whole: none when it sums within groups."""
     if axis_name is None or groups is not None:
@@ -117,7 +126,11 @@ def varying_axes(value: jax.Array) -> frozenset[Hashable]:
     Empty under `jax.pmap`, `jax.vmap` and `jax.shard_map(..., check_vma=False)`,
     which do not track this.
     """
-    return frozenset(jax.typeof(value).manual_axis_type.varying)
+    kind = jax.typeof(value)
+    # JAX before 0.10 calls it `vma`.
+    return frozenset(
+        kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    )
 
 
 def match_varying(
@@ -149,5 +162,11 @@ def match_varying(
         cotangent = lax.psum(cotangent, tuple(sorted(missing, key=str)))
     extra = varying_axes(primal) - varying_axes(cotangent)
     if extra:
-        cotangent = lax.pcast(cotangent, tuple(sorted(extra, key=str)), to="varying")
+        cotangent = _to_varying(cotangent, tuple(sorted(extra, key=str)))
     return cotangent
+
+
+def _to_varying(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    if hasattr(lax, "pcast"):
+        return lax.pcast(value, axes, to="varying")
+    return lax.pvary(value, axes)  # type: ignore[attr-defined]  # JAX 0.7 and 0.8

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax import arguments
-from bn_jax.moments import statistics_dtype
 from bn_jax.params import BatchNormParams
+from bn_jax.passes import statistics_dtype
 from bn_jax.statistics import BatchStats
 
 

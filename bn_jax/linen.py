@@ -1,14 +1,17 @@
 """Batch normalisation as a Flax linen module: variables and defaults, no arithmetic."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from bn_jax.activations import ActivationName
+from bn_jax.batch_norm import Limits
 from bn_jax.collectives import AxisName
-from bn_jax.drop_in import Limits, apply_module
+from bn_jax.drop_in import apply_module, check_constructor
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
 from bn_jax.population import POPULATION
@@ -43,7 +46,8 @@ class BatchNorm(nn.BatchNorm):
       use_fast_variance: of no effect: the variance is always the stable one.
       force_float32_reductions: False keeps the statistics in `param_dtype`. Sums are
         float32 all the same.
-      activation: None, or "relu" fused into the transform.
+      activation: fused into the transform: None, "relu", "relu6", "leaky_relu", "silu"
+        or "gelu".
       unbiased: unbiased running variance, as the paper's Algorithm 2 has it. False for
         Flax's.
       frozen: normalise by the statistics in training, too, and leave them as they are;
@@ -52,25 +56,34 @@ class BatchNorm(nn.BatchNorm):
         see `bn_jax.ghost_batch_norm`.
       renormalisation: limits (r_max, d_max) of batch renormalisation, which may be
         traced; see `bn_jax.batch_renorm`. Here or in the call, which goes first.
+      single_value: "error", or "bias" as Flax has it; see `bn_jax.batch_norm`.
+      skip_nonfinite: leave the statistics as they are after a batch that is not finite,
+        for loss scaling; see `bn_jax.batch_norm`.
     """
 
     # Wider than Flax has them.
     axis: int | Sequence[int] = -1  # type: ignore[assignment]
     axis_name: AxisName | None = None  # type: ignore[assignment]
-    activation: str | None = None
+    activation: ActivationName | None = None
     unbiased: bool = True
     frozen: bool = False
     virtual_batch_size: int | None = None
     renormalisation: Limits | None = None
+    single_value: Literal["error", "bias"] = "error"
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        check_constructor(self, nn.BatchNorm, vars(self))
+        super().__post_init__()
 
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
-        weights: jax.Array | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         renormalisation: Limits | None = None,
     ) -> jax.Array:
         """Normalises x, and in training updates the collection `batch_stats`.
@@ -111,6 +124,7 @@ class BatchNorm(nn.BatchNorm):
             return self.param(name, init, features, self.param_dtype)
 
         y, stats = apply_module(
+            self,
             BatchNormParams(
                 parameter("scale", self.scale_init) if self.use_scale else None,
                 parameter("bias", self.bias_init) if self.use_bias else None,
@@ -118,19 +132,10 @@ class BatchNorm(nn.BatchNorm):
             stats,
             x,
             train=train,
-            dtype=self.dtype,
             mask=mask,
             weights=weights,
-            virtual_batch_size=self.virtual_batch_size,
-            renormalisation=renormalisation or self.renormalisation,
-            initialising=initialising,
-            axis=self.axis,
-            decay=self.momentum,
-            eps=self.epsilon,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            activation=self.activation,
-            unbiased=self.unbiased,
+            renormalisation=renormalisation,
+            looking=initialising,
         )
         if population is not None:
             population.value = stats

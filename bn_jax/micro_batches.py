@@ -7,18 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax import arguments, collectives
+from bn_jax.batch_norm import batch_norm
 from bn_jax.collectives import AxisIndexGroups, AxisName
 from bn_jax.layout import make_layout
-from bn_jax.moments import (
-    Moments,
-    check_weights,
-    merge_moments,
-    moments,
-    nonzero_count,
-)
+from bn_jax.moments import Moments, check_weights, merge_moments, moments
 from bn_jax.params import BatchNormParams
+from bn_jax.passes import nonzero
 from bn_jax.statistics import BatchStats, update_stats
-from bn_jax.transform import batch_norm
 
 # Called with a stand-in for batch_norm, params, stats and one micro-batch; returns the
 # micro-batch's part of the loss, and the new stats.
@@ -249,7 +244,7 @@ def _influence(
     )
     if weights is not None:
         values = Moments(*(weights * value for value in values))
-    m = nonzero_count(at.count)
+    m = nonzero(at.count)
     return Moments(*(value.sum(layout.position_axes) / m for value in values))
 
 

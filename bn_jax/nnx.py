@@ -1,12 +1,15 @@
 """Batch normalisation as a Flax nnx module: variables and defaults, no arithmetic."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.typing import ArrayLike
 
-from bn_jax.drop_in import Limits, apply_module
+from bn_jax.activations import ActivationName
+from bn_jax.batch_norm import Limits
+from bn_jax.drop_in import apply_module, check_constructor
 from bn_jax.params import BatchNormParams
 from bn_jax.population import (
     POPULATION,
@@ -38,11 +41,13 @@ class BatchNorm(nnx.BatchNorm):
         self,
         num_features: int,
         *,
-        activation: str | None = None,
+        activation: ActivationName | None = None,
         unbiased: bool = True,
         frozen: bool = False,
         virtual_batch_size: int | None = None,
         renormalisation: Limits | None = None,
+        single_value: Literal["error", "bias"] = "error",
+        skip_nonfinite: bool = False,
         promote_dtype: Any = keep_dtypes,
         **arguments: Any,
     ) -> None:
@@ -50,7 +55,8 @@ class BatchNorm(nnx.BatchNorm):
 
         Args:
           num_features: size of the feature axis.
-          activation: None, or "relu" fused into the transform.
+          activation: fused into the transform: None, "relu", "relu6", "leaky_relu",
+            "silu" or "gelu".
           unbiased: unbiased running variance, as the paper's Algorithm 2 has it. False
             for Flax's.
           frozen: normalise by the statistics in training, too, and leave them as they
@@ -59,6 +65,9 @@ class BatchNorm(nnx.BatchNorm):
             axis 0; see `bn_jax.ghost_batch_norm`.
           renormalisation: limits (r_max, d_max) of batch renormalisation; see
             `bn_jax.batch_renorm`. Here or in the call, which goes first.
+          single_value: "error", or "bias" as Flax has it; see `bn_jax.batch_norm`.
+          skip_nonfinite: leave the statistics as they are after a batch that is not
+            finite, for loss scaling; see `bn_jax.batch_norm`.
           promote_dtype: as in Flax, but by default no value loses precision before it
             is used. Flax's own default rounds statistics and parameters to `dtype`.
           **arguments: those of `flax.nnx.BatchNorm`, with its defaults:
@@ -73,14 +82,17 @@ class BatchNorm(nnx.BatchNorm):
         self.frozen = frozen
         self.virtual_batch_size = virtual_batch_size
         self.renormalisation = renormalisation
+        self.single_value = single_value
+        self.skip_nonfinite = skip_nonfinite
+        check_constructor(self, nnx.BatchNorm, arguments)
 
     def __call__(
         self,
-        x: jax.Array,
+        x: ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
-        weights: jax.Array | None = None,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         renormalisation: Limits | None = None,
     ) -> jax.Array:
         """Normalises x, and in training updates the statistics.
@@ -125,22 +137,16 @@ class BatchNorm(nnx.BatchNorm):
         if population is not None:
             stats = population.get_value()
         y, stats = apply_module(
+            self,
             BatchNormParams(scale, bias),
             stats,
             x,
             train=train,
-            dtype=self.dtype,
             mask=mask,
             weights=weights,
-            virtual_batch_size=self.virtual_batch_size,
-            renormalisation=renormalisation or self.renormalisation,
-            axis=self.axis,
-            decay=self.momentum,
-            eps=self.epsilon,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            activation=self.activation,
-            unbiased=self.unbiased,
+            renormalisation=renormalisation,
+            # `nnx.tabulate` marks the modules that it only shows so.
+            looking=hasattr(self, "_nnx_tabulate_id"),
         )
         if population is not None:
             population.set_value(stats)

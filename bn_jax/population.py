@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from bn_jax import collectives
 from bn_jax.collectives import AxisName
-from bn_jax.moments import Moments, merge_moments, nonzero_count
+from bn_jax.moments import Moments, merge_moments
+from bn_jax.passes import nonzero
 from bn_jax.statistics import BatchStats
 
 # Beside `mean` and `var` of a layer in Flax's collection `batch_stats`, while batches
@@ -88,7 +89,7 @@ def merge_populations(
       ValueError: no parts, or parts of different shapes.
     """
     total = merge_moments(*(Moments(p.count, p.mean, p.var) for p in parts))
-    divisor = nonzero_count(total.count)
+    divisor = nonzero(total.count)
     # Sums of few parts, each by its share: nothing cancels.
     merged = PopulationMoments(
         *total,

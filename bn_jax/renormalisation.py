@@ -1,36 +1,39 @@
 """Batch renormalisation: training sees nearly what inference will compute."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from bn_jax import arguments
+from bn_jax.activations import ActivationName
+from bn_jax.arguments import check
+from bn_jax.batch_norm import infer, train_step
 from bn_jax.collectives import AxisIndexGroups, AxisName
-from bn_jax.layout import make_layout
-from bn_jax.moments import Moments, moments
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats
-from bn_jax.transform import batch_norm
 
 
 def batch_renorm(
     params: BatchNormParams,
     stats: BatchStats,
-    x: jax.Array,
+    x: ArrayLike,
     *,
     train: bool,
-    r_max: float | jax.Array,
-    d_max: float | jax.Array,
+    r_max: ArrayLike,
+    d_max: ArrayLike,
     axis: int | Sequence[int] = -1,
-    decay: float | jax.Array = 0.99,
-    eps: float = 1e-3,
-    weights: jax.Array | None = None,
+    decay: ArrayLike = 0.99,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
-    activation: str | None = None,
+    activation: ActivationName | None = None,
     unbiased: bool = True,
+    single_value: Literal["error", "bias"] = "error",
+    skip_nonfinite: bool = False,
 ) -> tuple[jax.Array, BatchStats]:
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275), for small batches.
 
@@ -65,9 +68,11 @@ def batch_renorm(
       weights: 0 for padding, or example weights; see `batch_norm`.
       axis_name: mapped axis or axes to share moments over.
       axis_index_groups: groups along that axis that share among themselves only.
-      activation: None, or "relu" fused into the transform.
+      activation: fused into the transform; see `batch_norm`.
       unbiased: unbiased running variance. False suits users of other libraries'
         statistics; at small batches, inference then differs from training.
+      single_value: see `batch_norm`.
+      skip_nonfinite: see `batch_norm`.
 
     Returns:
       y, of x's shape and dtype, and the new statistics in the old ones' dtype.
@@ -79,27 +84,12 @@ def batch_renorm(
     """
     _check_limit("r_max", r_max, 1)
     _check_limit("d_max", d_max, 0)
-    if train:
-        x = jnp.asarray(x)
-        arguments.check_eps(eps)
-        arguments.check_types(params, stats)
-        layout = make_layout(x.shape, axis)
-        source = f"x of shape {x.shape} along its feature axes {layout.feature_axes}"
-        arguments.check_features(params, stats, layout.feature_shape, source)
-        # batch_norm computes these once more: compilers see that they are the same.
-        batch = moments(
-            x,
-            axis=axis,
-            weights=weights,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-        )
-        params = _corrected(params, stats, batch, eps, r_max, d_max)
-    return batch_norm(
+    call = check(
         params,
         stats,
         x,
         train=train,
+        gathering=False,
         axis=axis,
         decay=decay,
         eps=eps,
@@ -108,33 +98,13 @@ def batch_renorm(
         axis_index_groups=axis_index_groups,
         activation=activation,
         unbiased=unbiased,
+        single_value=single_value,
+        skip_nonfinite=skip_nonfinite,
     )
+    return train_step(call, (r_max, d_max)) if train else infer(call)
 
 
-def _corrected(
-    params: BatchNormParams,
-    stats: BatchStats,
-    batch: Moments,
-    eps: float,
-    r_max: float | jax.Array,
-    d_max: float | jax.Array,
-) -> BatchNormParams:
-    """Parameters that make xhat * r + d of xhat, scaled and shifted as before."""
-    dtype = batch.mean.dtype
-    mean, var = (field.astype(dtype) for field in stats)
-    r_max, d_max = (jnp.asarray(limit, dtype) for limit in (r_max, d_max))
-    std = jnp.sqrt(var + eps)
-    r = jnp.clip(jnp.sqrt(batch.var + eps) / std, 1 / r_max, r_max)
-    d = jnp.clip((batch.mean - mean) / std, -d_max, d_max)
-    r, d = jax.lax.stop_gradient((r, d))
-    scale, bias = params
-    if scale is not None:
-        scale = scale.astype(dtype)
-        r, d = scale * r, scale * d
-    return BatchNormParams(r, d if bias is None else d + bias.astype(dtype))
-
-
-def _check_limit(name: str, limit: float | jax.Array, least: float) -> None:
+def _check_limit(name: str, limit: ArrayLike, least: float) -> None:
     """A limit is a scalar, and at least so much where it is known when tracing."""
     if np.ndim(limit):
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(limit)}.")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bn_jax.moments import Moments
+from bn_jax.passes import saturated
 
 
 class BatchStats(NamedTuple):
@@ -45,17 +46,29 @@ def update_stats(
         gives no meaningful correction, and is taken as 2.
 
     Returns:
-      New statistics in the old ones' dtype; the old ones where the count is 0. No
-      gradient flows into them.
+      New statistics in the old ones' dtype; the old ones where the count is 0, or the
+      decay 1. No gradient flows into them.
     """
     var = batch.var
     if unbiased:
         m = jnp.maximum(batch.count, 2)
-        var = var * (m / (m - 1))
+        var = saturated(var * (m / (m - 1)))
+    # Not what 0 times an infinite batch would make of the old ones.
+    moves = (batch.count > 0) & (jnp.asarray(decay) < 1)
 
     def move(old: jax.Array, new: jax.Array) -> jax.Array:
         moved = decay * old + (1 - decay) * new.astype(old.dtype)
-        return jnp.where(batch.count > 0, moved, old).astype(old.dtype)
+        return jnp.where(moves, moved, old).astype(old.dtype)
 
     moved = BatchStats(move(stats.mean, batch.mean), move(stats.var, var))
     return jax.lax.stop_gradient(moved)
+
+
+def without_nonfinite(batch: Moments) -> Moments:
+    """The batch's moments, or those of no values if any of them is not finite.
+
+    A count of 0 leaves all statistics as they are. The moments of finite values are
+    finite.
+    """
+    finite = jnp.all(jnp.isfinite(batch.mean) & jnp.isfinite(batch.var))
+    return Moments(*(jnp.where(finite, field, 0) for field in batch))

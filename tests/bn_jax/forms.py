@@ -1,26 +1,29 @@
-"""The core as it is written for another platform, run on CPU."""
+"""Functions as they are compiled for another platform, run on CPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import pytest
+from jax import export
 
-# As `jax.lax.platform_dependent` names them.
+FORMS = ("cpu", "gpu", "tpu")
 NAMES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
-@contextmanager
-def forms_of(platform: str) -> Iterator[None]:
-    """Makes the core take the forms of a platform, as when compiled for it."""
+def on_platform(platform: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The program that a function is lowered to for a platform, to be called here.
 
-    def choose(*operands: Any, default: Any, **forms: Any) -> Any:
-        return forms.get(NAMES[platform], default)(*operands)
+    Args:
+      platform: one of `FORMS`.
+      function: of arrays, traced anew for each call.
+    """
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", choose)
-        # What was traced with other forms, before this and in it.
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
+    def call(*args: Any) -> Any:
+        exported = export.export(
+            jax.jit(lambda *args: function(*args)),
+            platforms=[NAMES[platform]],
+            disabled_checks=[export.DisabledSafetyCheck.platform()],
+        )(*args)
+        return exported.call(*args)
+
+    return call

@@ -87,7 +87,7 @@ def expected_step(
     problem: Problem,
     *,
     axis: int | Sequence[int] = -1,
-    eps: float = 1e-3,
+    eps: float = 1e-5,
     decay: float = 0.99,
     weights: npt.ArrayLike | None = None,
     activation: str | None = None,
@@ -193,7 +193,7 @@ def plain_batch_norm(
     params: BatchNormParams,
     x: jax.Array,
     *,
-    eps: float = 1e-3,
+    eps: float = 1e-5,
     weights: jax.Array | float = 1.0,
     relu: bool = False,
 ) -> jax.Array:

@@ -36,7 +36,7 @@ def make_hard_problem(shape: tuple[int, ...], mean: float, seed: int) -> Problem
 def flax_step(problem: Problem) -> Step:
     """The same step in Flax with two passes; the statistics are left out."""
     bn = linen.BatchNorm(
-        use_running_average=False, use_fast_variance=False, epsilon=1e-3
+        use_running_average=False, use_fast_variance=False, epsilon=1e-5
     )
 
     def forward(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def torch_step(
     scale, bias = (tensor(p.ravel(), requires_grad=True) for p in problem.params)
     mean, var = (tensor(s.ravel()) for s in problem.stats)
     y = torch.nn.functional.batch_norm(
-        x, mean, var, scale, bias, training=train, momentum=1 - decay, eps=1e-3
+        x, mean, var, scale, bias, training=train, momentum=1 - decay, eps=1e-5
     )
     y = torch.relu(y) if activation else y
     dy = np.moveaxis(np.float64(problem.dy), axes, last).reshape(x.shape)

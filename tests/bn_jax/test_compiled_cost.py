@@ -13,7 +13,7 @@ from flax import linen
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_jax import MOMENTS_NAME, BatchNormParams, batch_norm
-from tests.bn_jax.forms import forms_of
+from tests.bn_jax.forms import on_platform
 from tests.bn_jax.reference import lenient, make_problem
 from tests.bn_jax.sharing import (
     MODES_WITH_GROUPS,
@@ -263,8 +263,9 @@ def test_a_divided_batch_stays_where_it_is(platform, shape):
         return jnp.sum(y**2)
 
     x = jax.device_put(problem.x, split)
-    with forms_of(platform):
-        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(problem.params, x)
+    gradient = on_platform(platform, jax.grad(loss, argnums=(0, 1)))
+    params = jax.device_put(problem.params, NamedSharding(split.mesh, PartitionSpec()))
+    lowered = jax.jit(gradient).lower(params, x)
     for line in lowered.compile().as_text().splitlines():
         if found := COLLECTIVE.search(line):
             assert found[1] in ("all-reduce", "all-gather")

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from bn_jax import Moments, merge_moments, moments
-from bn_jax.layout import make_layout
-from bn_jax.moments import _from_expected_mean, _from_sample
 from tests.bn_jax.reference import assert_close
 
 F32 = 16 * np.finfo(np.float32).eps
@@ -196,54 +194,3 @@ def test_weights_must_fit_x(shape):
     expected = r"do not fit x of shape \(8, 3\).*for example \(8, 1\)"
     with pytest.raises(ValueError, match=expected):
         jax.eval_shape(lambda x: moments(x, weights=jnp.ones(shape)), jnp.ones((8, 3)))
-
-
-def about(expected_mean, x, weights=None):
-    """Mean and variance as on TPU."""
-    layout = make_layout(x.shape, -1)
-    form = jax.jit(functools.partial(_from_expected_mean, layout))
-    return form(jnp.asarray(x), weights, jnp.asarray(expected_mean, jnp.float32))
-
-
-@pytest.mark.parametrize("mean", [0, 300, 1e4])
-@pytest.mark.parametrize("off", [0, 0.5, 2.5, 3, 1e3, 1e6, np.nan, np.inf])
-def test_how_far_off_the_expected_mean_is_makes_no_difference(mean, off):
-    x = np.random.default_rng(0).normal(mean, 1, (4096, 3)).astype(np.float32)
-    found, var = about(np.full(3, mean + off), x)
-    exact = of_rows(x)
-    # What the mean is rounded to, and a sum's error where much cancels.
-    assert np.abs(found - exact.mean).max() <= 0.5 * np.spacing(np.float32(mean)) + 2e-6
-    assert np.abs(var - exact.var).max() <= 5e-6
-
-
-def test_one_feature_that_is_off_is_enough():
-    x = np.random.default_rng(0).normal(1e4, 1, (4096, 3)).astype(np.float32)
-    near, far = about([1e4, 1e4, 1e4], x), about([1e4, 1e4, 0], x)
-    sampled = jax.jit(functools.partial(_from_sample, make_layout(x.shape, -1)))(
-        x, None
-    )
-    for a, b in zip(far, sampled, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert np.any(near[1] != sampled[1])
-
-
-def test_an_expected_mean_with_weights():
-    x = np.random.default_rng(0).normal(5, 1, (64, 3)).astype(np.float32)
-    weights = np.ones((64, 1), np.float32)
-    weights[::4] = 0
-    x[::4] = np.nan
-    for expected in (5, -1000):
-        mean, var = about(np.full(3, expected), x, weights)
-        exact = of_rows(np.delete(x, np.s_[::4], axis=0))
-        np.testing.assert_allclose(mean, exact.mean, rtol=1e-6)
-        np.testing.assert_allclose(var, exact.var, rtol=1e-5)
-    mean, var = about(np.full(3, 5), x, np.zeros_like(weights))
-    np.testing.assert_array_equal(mean, np.zeros(3))
-    np.testing.assert_array_equal(var, np.zeros(3))
-
-
-def test_a_nan_in_x_is_in_its_features_moments_alone():
-    x = np.random.default_rng(0).normal(0, 1, (64, 3)).astype(np.float32)
-    x[7, 1] = np.nan
-    for moment in about(np.zeros(3), x):
-        np.testing.assert_array_equal(np.isnan(moment), [False, True, False])

@@ -51,7 +51,7 @@ def ioffe_step(
     r_max: float,
     d_max: float,
     *,
-    eps: float = 1e-3,
+    eps: float = 1e-5,
     relu: bool = False,
     rows: np.ndarray | None = None,
 ) -> Step:

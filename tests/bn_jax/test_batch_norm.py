@@ -158,7 +158,8 @@ def test_weights_delete_and_repeat_values(name, activation):
     weights = WEIGHTS[name]
     if isinstance(weights, list):
         weights = np.float32(weights)
-    options = {"weights": weights, "activation": activation, "decay": 0.7}
+    # Where one value counts, 1 / sqrt(eps) times the rounding of 0 is the gradient.
+    options = {"weights": weights, "activation": activation, "decay": 0.7, "eps": 1e-3}
     check(make_problem((7, 3), seed=3), **options)
 
 
@@ -267,7 +268,7 @@ def test_inference_against_numpy(shape, axis, dtype, activation):
     )[0]
     (scale, bias), (mean, var) = jax.tree.map(np.float64, (params, stats))
     columns = np.moveaxis(np.float64(x), axis, -1)
-    expected = scale * (columns - mean) / np.sqrt(var + 1e-3) + bias
+    expected = scale * (columns - mean) / np.sqrt(var + 1e-5) + bias
     if activation:
         expected = np.maximum(expected, 0)
     assert y.dtype == dtype

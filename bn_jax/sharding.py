@@ -1,0 +1,63 @@
+"""Explicit shardings, and jit: how every public function runs what it computes.
+
+In a mesh of explicit axes, `jax.make_mesh`'s default, JAX asks what a sharding becomes
+wherever that is not plain from one operation. Here only the results' shardings matter:
+those of the input and of the old statistics. So what lies between is left to the
+compiler, as in a mesh of automatic axes.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def compiled(results_like: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates function(options, *operands), whose options are hashable.
+
+    The function is compiled once for each options and shapes, also if it is called
+    eagerly.
+
+    Args:
+      results_like: called as the function; returns partition specs in the structure of
+        its result. Asked in meshes of explicit axes alone.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(options: Hashable, *operands: Any) -> Any:
+            bound = functools.partial(function, options)
+            meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)}
+            explicit = {mesh: _explicit_axes(mesh) for mesh in meshes}
+            for mesh, axes in explicit.items():
+                if axes:
+                    shardings = jax.tree.map(
+                        functools.partial(NamedSharding, mesh),
+                        results_like(options, *operands),
+                    )
+                    bound = jax.sharding.auto_axes(
+                        bound, axes=axes, out_sharding=shardings
+                    )
+            return bound(*operands)
+
+        named = functools.wraps(function)(call)
+        return jax.jit(named, static_argnums=0, inline=True)
+
+    return decorate
+
+
+def specs_of(tree: Any) -> Any:
+    """How a tree's arrays are divided."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
+
+
+def spec_along(x: jax.Array, axes: Sequence[int]) -> PartitionSpec:
+    """How an array is divided that has some of x's axes alone."""
+    spec = jax.typeof(x).sharding.spec
+    return PartitionSpec(*(spec[axis] for axis in axes))
+
+
+def _explicit_axes(mesh: Any) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
