@@ -127,13 +127,14 @@ def batch_norm(
         skip_nonfinite=skip_nonfinite,
         single_value=single_value,
     )
-    return train_step(call) if train else infer(call)
+    return train_step(call) if train else (infer(call), stats)
 
 
-def infer(call: Call) -> tuple[jax.Array, Any]:
-    """Normalises by the statistics (Algorithm 2), and returns them as they are."""
+def infer(call: Call) -> jax.Array:
+    """Normalises by the statistics (Algorithm 2)."""
     options, params, stats, x, weights, _ = call
-    return _infer(options, params, stats, x, weights), stats
+    y: jax.Array = _infer(options, params, stats, x, weights)
+    return y
 
 
 def train_step(call: Call, limits: Limits | None = None) -> tuple[jax.Array, Any]:

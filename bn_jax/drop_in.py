@@ -44,7 +44,7 @@ def check_constructor(layer: Any, flax_layer: type, values: Mapping[str, Any]) -
       TypeError: an argument that Flax has and that is not known here is not left at its
         default.
     """
-    parameters = inspect.signature(flax_layer).parameters
+    parameters = inspect.signature(vars(flax_layer)["__init__"]).parameters
     for name in parameters.keys() - set(FLAX_ARGUMENTS.split()):
         default = parameters[name].default
         if values.get(name, default) is not default:

@@ -96,7 +96,7 @@ def ghost_batch_norm(
     batch_axis = _check_batch_axis(call.x, call.layout, batch_axis)
     size = _check_virtual_batch_size(call.x, batch_axis, virtual_batch_size)
     if not train:
-        return infer(call)
+        return infer(call), stats
     virtual = _Virtual(call.options, batch_axis, size)
     if single_value == "error":
         x_shape = virtual.divide(call.x).shape

@@ -101,7 +101,7 @@ def batch_renorm(
         single_value=single_value,
         skip_nonfinite=skip_nonfinite,
     )
-    return train_step(call, (r_max, d_max)) if train else infer(call)
+    return train_step(call, (r_max, d_max)) if train else (infer(call), stats)
 
 
 def _check_limit(name: str, limit: ArrayLike, least: float) -> None:

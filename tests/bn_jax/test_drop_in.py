@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import bn_jax
-from bn_jax import BatchNormParams, BatchStats
+from bn_jax import BatchNormParams, BatchStats, drop_in
 from bn_jax import nnx as nnx_module
 from bn_jax.linen import BatchNorm
 from tests.bn_jax.reference import lenient
@@ -204,3 +204,50 @@ def test_what_virtual_batches_exclude_is_said():
         (name,) = options
         with pytest.raises(ValueError, match=f"virtual_batch_size and {name} were"):
             apply(BatchNorm, X, virtual_batch_size=2, **options)
+
+
+MODULES = {
+    "linen": lambda **options: BatchNorm(use_running_average=False, **options),
+    "nnx": lambda **options: bn_jax.nnx.BatchNorm(5, rngs=nnx.Rngs(0), **options),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "tanh"}, "activation must be one of .* got 'tanh'"),
+        ({"single_value": "zero"}, "single_value must be .* got 'zero'"),
+        ({"virtual_batch_size": 2, "axis_name": "a"}, "axis_name were both given"),
+        (
+            {"virtual_batch_size": 2, "renormalisation": (3.0, 5.0)},
+            "renormalisation were both given",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_by_the_constructor(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        MODULES[kind](**options)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_argument_of_a_newer_flax_is_refused(kind, monkeypatch):
+    known = drop_in.FLAX_ARGUMENTS.replace(" use_fast_variance", "")
+    monkeypatch.setattr(drop_in, "FLAX_ARGUMENTS", known)
+    MODULES[kind]()
+    MODULES[kind](use_fast_variance=True)
+    with pytest.raises(TypeError, match="use_fast_variance that this version"):
+        MODULES[kind](use_fast_variance=False)
+
+
+def test_one_value_gives_the_bias_as_in_flax():
+    x = jnp.ones((1, 5))
+    for train in (
+        lambda **options: apply(BatchNorm, x, **options)[0],
+        lambda **options: MODULES["nnx"](**options)(x),
+    ):
+        with pytest.raises(ValueError, match="single_value='bias'"):
+            train()
+        assert train(single_value="bias").shape == (1, 5)
+    y, _ = apply(BatchNorm, x, single_value="bias")
+    np.testing.assert_array_equal(y, np.float32(VARIABLES["params"]["bias"])[None])

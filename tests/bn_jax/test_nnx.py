@@ -96,6 +96,7 @@ def test_constructor_is_flaxs():
     ours, flaxs = vars(module()), vars(module(nnx.BatchNorm))
     own = {"activation", "unbiased", "frozen"}
     own |= {"virtual_batch_size", "renormalisation"}
+    own |= {"single_value", "skip_nonfinite"}
     assert set(ours) - set(flaxs) == own
     assert not set(flaxs) - set(ours)
     settings = {
@@ -302,3 +303,23 @@ def test_stacked_layers_scan():
 def test_wrong_number_of_features_says_so():
     with pytest.raises(ValueError, match=r"\(4,\), but x of shape .* has \(5,\)"):
         module(num_features=4)(X)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_looking_at_a_model_needs_no_more_than_one_example(train):
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.linear = nnx.Linear(3, 4, rngs=rngs)
+            self.norm = BatchNorm(4, rngs=rngs, axis_name="devices")
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.norm(self.linear(x))
+
+    model = Net(nnx.Rngs(0))
+    model.train() if train else model.eval()
+    with lenient():
+        shown = nnx.tabulate(model, jnp.ones((1, 3)))
+    assert "BatchNorm" in shown
+    # Only a look: to train on one example stays an error.
+    with pytest.raises(ValueError, match="more than one value"):
+        BatchNorm(4, rngs=nnx.Rngs(0))(jnp.ones((1, 4)))
