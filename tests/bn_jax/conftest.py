@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from tests.bn_jax.reference import enable_x64
+
 
 @pytest.fixture(autouse=True)
 def strict_promotion() -> Iterator[None]:
@@ -14,5 +16,5 @@ def strict_promotion() -> Iterator[None]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
 from bn_jax import BatchNormParams, BatchStats
+from tests.bn_jax.reference import enable_x64
 
 FEATURES, BATCH, DEVICES = 4, 16, 4
 RANDOM = np.random.default_rng(0)
@@ -258,7 +259,7 @@ MODES: dict[str, Callable[[Function], Outputs]] = {
     "`jax_check_tracer_leaks`": _with(jax.check_tracer_leaks, True),
     "`jax_numpy_rank_promotion=raise`": _with(jax.numpy_rank_promotion, "raise"),
     "`jax_numpy_dtype_promotion=strict`": _with(jax.numpy_dtype_promotion, "strict"),
-    "`jax_enable_x64`": _with(jax.enable_x64, True),
+    "`jax_enable_x64`": _with(enable_x64, True),
     "`jax_disable_jit`": _with(jax.disable_jit, True),
 }
 # What makes no sense, and why.

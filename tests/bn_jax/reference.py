@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax import experimental
 
 from bn_jax import BatchNormParams, BatchStats, batch_norm
 
 Array = npt.NDArray[np.float64]
+
+# JAX before 0.9 has it elsewhere.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enable_x64
 
 
 class Step(NamedTuple):

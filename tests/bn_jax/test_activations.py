@@ -7,7 +7,12 @@ import pytest
 
 from bn_jax import BatchNormParams, batch_norm
 from bn_jax.activations import ACTIVATIONS
-from tests.bn_jax.reference import assert_close, make_problem, plain_batch_norm
+from tests.bn_jax.reference import (
+    assert_close,
+    enable_x64,
+    make_problem,
+    plain_batch_norm,
+)
 
 F32 = 64 * np.finfo(np.float32).eps
 EACH = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -21,7 +26,7 @@ def test_step_against_autodiff_in_float64(name, shape, with_weights):
     problem = make_problem(shape)
     weights = np.ones((shape[0],) + (1,) * (len(shape) - 1), np.float32)
     weights[::3] = 2
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), problem)
         counts = jnp.asarray(weights if with_weights else 1.0, jnp.float64)
 
