@@ -232,7 +232,8 @@ class Program:
         position = len(self._operations)
         operation = Operation(name, name, params, inputs, position, outputs)
         self._operations.append(operation)
-        self.marks[operation.mark].append(operation)
+        if operation.mark:
+            self.marks[operation.mark].append(operation)
         for value in inputs:
             value.readers.append(operation)
         for value in outputs:

@@ -25,6 +25,7 @@ from bn_jax.folding_program import (
 )
 from bn_jax.layout import make_layout
 
+_MASKS = ("mask", "weights")
 _counter = itertools.count()
 
 
@@ -88,7 +89,11 @@ class Trace:
           ValueError: it trains in this call.
         """
         name = self._name(path)
-        check_inference(name, module, given.get("use_running_average"))
+        if not is_inference(module, given):
+            raise ValueError(
+                f"{name or 'the model'} normalises by the batch in this call; fold "
+                "what the model does at inference, for example with train=False."
+            )
         y = call(checkpoint_name(x, f"{MARK}norm/{name}"), **given)
         activation = getattr(module, "activation", None)
         reason = _reason_of_call(x, y, module, given)
@@ -224,7 +229,7 @@ def _reason_of_call(
     axes = make_layout(x.shape, module.axis).feature_axes
     if axes != (x.ndim - 1,):
         return f"its feature axes are {axes} of {x.ndim}, not the last one alone"
-    if any(given.get(name) is not None for name in ("mask", "weights")):
+    if any(given.get(name) is not None for name in _MASKS):
         return "it is called with a mask or weights"
     if y.dtype != x.dtype:
         return f"it turns {x.dtype} into {y.dtype}"
@@ -238,35 +243,27 @@ def computes_as(module: Any, classes: tuple[Any, ...]) -> bool:
     )
 
 
-def check_folded_call(name: str, given: Mapping[str, Any]) -> None:
+def is_inference(module: Any, given: Mapping[str, Any]) -> bool:
+    """A normalisation of Flax takes its statistics in this call, and no batch's."""
+    use_running_average = given.get("use_running_average")
+    if use_running_average is None:
+        use_running_average = module.use_running_average
+    return bool(use_running_average or getattr(module, "frozen", False))
+
+
+def check_folded_call(
+    name: str, use_running_average: bool, given: Mapping[str, Any]
+) -> None:
     """A folded normalisation is called as the one that was folded.
 
     Raises:
-      ValueError: with a mask or weights, which fold into nothing.
+      ValueError: it is to train, or gets a mask or weights, which fold into nothing.
     """
-    if any(given.get(argument) is not None for argument in ("mask", "weights")):
+    masks = [name for name in _MASKS if given.get(name) is not None]
+    if masks or not use_running_average:
         raise ValueError(
-            f"{name or 'a folded normalisation'} got a mask or weights, and was folded "
-            "in a call without: fold the model as it is called here, or call it as it "
-            "was folded."
-        )
-
-
-def check_inference(name: str, module: Any, use_running_average: bool | None) -> None:
-    """A normalisation does not train in this call.
-
-    Args:
-      name: its path.
-      module: of Flax, linen or nnx.
-      use_running_average: as it is called, None for as the module has it.
-
-    Raises:
-      ValueError: it does.
-    """
-    if use_running_average is None:
-        use_running_average = module.use_running_average
-    if not (use_running_average or getattr(module, "frozen", False)):
-        raise ValueError(
-            f"{name or 'the model'} normalises by the batch in this call; fold what "
-            "the model does at inference, for example with train=False."
+            f"{name or 'the model'} is folded, and is called "
+            f"{f'with {masks[0]}' if masks else 'to train'}: it was folded in a call "
+            "at inference and without masks. Fold the model as it is called here, or "
+            "call it as it was folded."
         )

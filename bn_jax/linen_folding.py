@@ -17,8 +17,8 @@ from bn_jax.folding_trace import (
     Fold,
     Trace,
     check_folded_call,
-    check_inference,
     computes_as,
+    is_inference,
 )
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats
@@ -211,8 +211,7 @@ def _skip_folded(
         return call(*args, **kwargs)
     if (*module.path, "factor") in folded:
         name, given = "/".join(module.path), _arguments(args, kwargs)
-        check_inference(name, module, given.get("use_running_average"))
-        check_folded_call(name, given)
+        check_folded_call(name, is_inference(module, given), given)
         return ACTIVATIONS[getattr(module, "activation", None)](given["x"])
     y = call(*args, **kwargs)
     if (*module.path, "adds_bias") in folded:

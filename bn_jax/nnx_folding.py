@@ -32,13 +32,15 @@ class FoldedBatchNorm(nnx.Module):
     def __init__(self, activation: str | None = None) -> None:
         self.activation = activation  # as of the normalisation, by name
 
-    def __call__(self, x: jax.Array, *_: Any, **given: Any) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, use_running_average: bool = True, **given: Any
+    ) -> jax.Array:
         """Returns x, after the activation.
 
         Raises:
-          ValueError: a mask or weights are given.
+          ValueError: it is to train, or gets a mask or weights.
         """
-        check_folded_call("", given)
+        check_folded_call("a normalisation", use_running_average, given)
         return ACTIVATIONS[self.activation](x)
 
 

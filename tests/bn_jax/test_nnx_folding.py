@@ -467,11 +467,12 @@ def test_shapes_are_enough():
     assert check_folded(expected.model, got.model, images()) == 0
 
 
-def test_a_folded_normalisation_takes_no_mask():
+@pytest.mark.parametrize("given", [{"mask": True}, {"use_running_average": False}])
+def test_a_folded_normalisation_refuses_what_it_was_not_folded_for(given):
     model = trained(Model(nnx.Rngs(0), leave, plain))
     folded, _ = fold_batch_norms(model, rows())
-    with pytest.raises(ValueError, match="got a mask or weights"):
-        folded.norm(rows(), mask=jnp.ones((5, 1), bool))
+    with pytest.raises(ValueError, match=r"is folded, and is called (with mask|to)"):
+        folded.norm(rows(), **given)
 
 
 def test_the_check_finds_what_differs():
