@@ -63,7 +63,7 @@ def check_same(
 def _dtypes(jaxpr: Any) -> Iterator[str]:
     yield jnp.result_type(float).name
     for equation in jaxpr.eqns:
-        for variable in equation.outvars:
+        for variable in (*equation.invars, *equation.outvars):
             name = str(getattr(variable.aval, "dtype", None))
             if name in TOLERANCES:
                 yield name

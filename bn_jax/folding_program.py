@@ -77,7 +77,8 @@ class Layer(NamedTuple):
 class Program:
     """A jaxpr in one list of operations, with what it calls written out."""
 
-    def __init__(self, jaxpr: Any, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, jaxpr: Any, leaves: Sequence[Leaf], separator: str) -> None:
+        self._separator = separator  # between the parts of a path
         self.marks = collections.defaultdict[str, list[Operation]](list)
         self.enclosed: dict[str, str] = {}  # marks, and the loop or branch around them
         self._operations: list[Operation] = []
@@ -189,7 +190,9 @@ class Program:
     def _parameter(self, path: Sequence[Value]) -> Leaf:
         """The parameter that a path leads to, which nothing else reads on the way."""
         leaf = self.leaves[path[-1]]
-        name = f"the {leaf.path[-1]} of {'.'.join(map(str, leaf.path[:-1]))}"
+        name = (
+            f"the {leaf.path[-1]} of {self._separator.join(map(str, leaf.path[:-1]))}"
+        )
         if not (leaf.is_parameter and jnp.issubdtype(path[-1].dtype, jnp.floating)):
             raise Stays(f"{name} is not a floating-point parameter")
         if any(len(value.readers) > 1 for value in path):

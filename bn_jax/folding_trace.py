@@ -137,7 +137,8 @@ class Trace:
         # JAX does not run a function again that it has traced before, and would mark
         # nothing. Metadata is part of what it remembers a trace by.
         with set_xla_metadata(bn_jax_folding=next(_counter)):
-            return Program(jax.make_jaxpr(traced)(variables, arrays).jaxpr, leaves)
+            jaxpr = jax.make_jaxpr(traced)(variables, arrays).jaxpr
+        return Program(jaxpr, leaves, self._separator)
 
     def findings(self, program: Program) -> list[tuple[Finding, Fold | None]]:
         """One for each normalisation, with the fold if there is one."""

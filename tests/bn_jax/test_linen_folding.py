@@ -424,7 +424,7 @@ class OwnLayer(nn.Module):
             w = (4 * w).astype(jnp.int8).astype(x.dtype)
         if self.kind == "centred":
             w = w - jnp.full((4, 4), 0.25) @ w
-        y = x @ w
+        y = x @ (w.T if self.kind == "transposed" else w)
         if self.use_bias:
             y = y + self.param("b", nn.initializers.normal(1), (4,))[None]
         return nn.tanh(y) if self.kind == "bounded" else y
@@ -592,6 +592,8 @@ FOLDS: dict[str, tuple[bool, nn.Module]] = {
     "loud norm": (False, chain(dense, partial(LoudNorm, use_running_average=True))),
     "own layer": (True, chain(OwnLayer, norm)),
     "own layer, no bias": (True, chain(partial(OwnLayer, use_bias=False), norm)),
+    "own layer, transposed": (True, chain(partial(OwnLayer, "transposed"), norm)),
+    "norm first, transposed": (True, chain(norm, partial(OwnLayer, "transposed"))),
     "standardised": (False, chain(partial(OwnLayer, "standardised"), norm)),
     "rounded": (False, chain(partial(OwnLayer, "rounded"), norm)),
     "integers": (False, chain(partial(OwnLayer, "integers"), norm)),
@@ -794,8 +796,10 @@ def test_the_check_finds_what_differs():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_check_accepts_the_rounding_of_coarse_dtypes(dtype):
-    model = chain(*[partial(nn.Dense, 4, dtype=dtype), partial(inference, dtype=dtype)])
+@pytest.mark.parametrize("where", ["dtype", "param_dtype"])
+def test_the_check_accepts_the_rounding_of_coarse_dtypes(where, dtype):
+    options = {where: dtype}
+    model = chain(partial(nn.Dense, 4, **options), partial(inference, **options))
     variables = trained_variables(model, images(50, 4))
     folded, (finding,) = fold_batch_norms(model, variables, images(50, 4))
     assert finding.reason is None
