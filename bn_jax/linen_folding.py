@@ -1,34 +1,35 @@
 """Folding batch normalisation into the layers of a whole Flax linen model."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.core
 import flax.linen as nn
 import flax.traverse_util
-import jax
 import jax.numpy as jnp
 
-from bn_jax.folding import fold_conv, fold_dense, inference_affine
-from bn_jax.folding_trace import Finding, Trace, check_inference
+from bn_jax import folding_check, linen
+from bn_jax.folding import ACTIVATIONS, fold_axes, inference_affine
+from bn_jax.folding_program import Leaf, Path, paths
+from bn_jax.folding_trace import (
+    Finding,
+    Fold,
+    Trace,
+    check_folded_call,
+    computes_as,
+    is_inference,
+)
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import BatchStats
-
-# Layers that a normalisation folds into, and their parameter whose last axis is that of
-# the output's features. Layers are linear in it, and their bias, if any, is "bias".
-LAYERS: Mapping[type[nn.Module], str] = {
-    nn.Dense: "kernel",
-    nn.Conv: "kernel",
-    nn.ConvTranspose: "kernel",
-}
 
 # The collection that says what is folded: "factor" of a normalisation, by which the
 # features of its layer were multiplied, and "adds_bias" of a layer that had no bias.
 FOLDED = "folded"
 
+_NORMS = (nn.BatchNorm, linen.BatchNorm)
+
 Variables = Mapping[str, Any]
-Path = tuple[str, ...]
 
 
 class Folded(NamedTuple):
@@ -39,35 +40,32 @@ class Folded(NamedTuple):
 
 
 def fold_batch_norms(
-    model: nn.Module,
-    variables: Variables,
-    *args: Any,
-    layers: Mapping[type[nn.Module], str] = LAYERS,
-    **kwargs: Any,
+    model: nn.Module, variables: Variables, *args: Any, **kwargs: Any
 ) -> Folded:
-    """Folds each normalisation into the layer whose output goes straight into it.
+    """Folds each normalisation into the layer before it, or else the one after it.
 
     The model is traced once, as `model.apply(variables, *args, **kwargs)` at inference,
-    and never computed. A normalisation folds where its input is a layer's output that
-    is used nowhere else, both are called once, and it has one mean and variance for
-    each feature, along the last axis. The report says of every other one why it stays.
+    and never computed. A normalisation folds where its input is the output of a layer,
+    or its output the input of one that pads nothing, and no more is made of either; its
+    mean and variance are those of features along the last axis; and nothing else reads
+    the kernel and the bias of that layer. A layer is what the trace shows as one: a
+    product with a kernel, whatever the class of its module. The report says of every
+    other normalisation why it stays. `check_folded` compares outputs.
 
     Run the result with `apply_folded`. Its `params` are also those of the same model
     written without the folded normalisations and with a bias in each of these layers.
 
     Args:
       model: with `flax.linen.BatchNorm` modules, or `bn_jax.linen.BatchNorm` ones.
-      variables: its collections `params` and `batch_stats`, and any others.
+      variables: its collections `params` and `batch_stats`, and any others. Boxes, as
+        of `nn.with_partitioning`, stay, and new biases get boxes like their kernels'.
       *args: what to call it on: arrays, or `jax.ShapeDtypeStruct`s of their shapes.
-      layers: types of layers to fold into, and the name of the parameter whose last
-        axis is that of features; `LAYERS | {SeparableConv: "pointwise_kernel"}` adds
-        one of your own.
       **kwargs: also passed to the model, such as train=False; not traced.
 
     Returns:
       New variables, where folded normalisations have neither parameters nor statistics,
       their layers have other kernels and biases, and a collection `folded` marks them.
-      All leaves are arrays: save and restore them as any others.
+      All leaves are arrays, but for boxes: save and restore them as any others.
 
     Raises:
       ValueError: the variables lack `batch_stats`, are folded already, or a
@@ -83,49 +81,32 @@ def fold_batch_norms(
             "variables hold no batch_stats; pass {'params': ..., 'batch_stats': ...}, "
             "both from the trained model."
         )
-    trace, modules = Trace(), dict[str, nn.Module]()
-    leaves, structure = jax.tree.flatten(args)
-    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+    trace, eps = Trace("/"), dict[Path, float]()
 
-    def run(variables: Variables, arrays: list[Any]) -> Any:
-        rest = iter(arrays)
-        merged = [
-            next(rest) if traced else leaf
-            for leaf, traced in zip(leaves, is_array, strict=True)
-        ]
-        mark = functools.partial(_mark, trace, modules, layers)
-        with nn.intercept_methods(mark):
-            return model.apply(
-                variables, *jax.tree.unflatten(structure, merged), **kwargs
-            )
+    def run(variables: Variables, args: Sequence[Any]) -> Any:
+        with nn.intercept_methods(functools.partial(_mark, trace, eps)):
+            return model.apply(variables, *args, **kwargs)
 
-    arrays = [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced]
-    jaxpr = jax.make_jaxpr(run)(variables, arrays).jaxpr
+    leaves = [Leaf(path[1:], path[0] == "params") for path in paths(variables)]
+    program = trace.program(run, variables, leaves, args)
     flat = {
         name: flax.traverse_util.flatten_dict(collection)
         for name, collection in variables.items()
     }
+    for path in flat["batch_stats"]:
+        if path[-1] == "var" and (*path[:-1], "mean") in flat["batch_stats"]:
+            trace.leave(path[:-1], "no BatchNorm is called there")
     flat[FOLDED] = {}
-    kernels = {
-        name: (*module.path, layers[type(module)])
-        for name, module in modules.items()
-        if type(module) in layers
-    }
-    shapes = {
-        name: flat["params"][path].shape
-        for name, path in kernels.items()
-        if path in flat["params"]
-    }
-    report = trace.findings(jaxpr, shapes)
-    for norm, layer, _ in report:
-        if layer is not None:
-            _fold_one(modules[norm], kernels[layer], flat)
+    findings = trace.findings(program)
+    for _, fold in findings:
+        if fold is not None:
+            _fold_one(fold, eps[fold.norm], flat)
     return Folded(
         {
             name: flax.traverse_util.unflatten_dict(collection)
             for name, collection in flat.items()
         },
-        report,
+        tuple(finding for finding, _ in findings),
     )
 
 
@@ -148,80 +129,126 @@ def apply_folded(
       What `model.apply` returns.
 
     Raises:
-      ValueError: the variables are not folded.
+      ValueError: the variables are not folded, or a folded normalisation is to train or
+        gets a mask.
     """
     if FOLDED not in variables:
         raise ValueError(
             f"variables have no collection {FOLDED!r}; make them with "
             "fold_batch_norms, or call model.apply."
         )
-    with nn.intercept_methods(_skip_folded):
+    # Looked up here: transformed modules need not see the collection.
+    folded = set(flax.traverse_util.flatten_dict(flax.core.unfreeze(variables[FOLDED])))
+    with nn.intercept_methods(functools.partial(_skip_folded, folded)):
         return model.apply(variables, *args, **kwargs)
 
 
-def _skip_folded(
-    call: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    context: nn.module.InterceptorContext,
-) -> Any:
-    module = context.module
-    if context.method_name != "__call__":
-        return call(*args, **kwargs)
-    if isinstance(module, nn.BatchNorm) and module.has_variable(FOLDED, "factor"):
-        x = kwargs["x"] if "x" in kwargs else args[0]
-        return nn.relu(x) if getattr(module, "activation", None) == "relu" else x
-    y = call(*args, **kwargs)
-    if module.has_variable(FOLDED, "adds_bias"):
-        y = y + module.get_variable("params", "bias").astype(y.dtype)
-    return y
+def check_folded(
+    model: nn.Module,
+    variables: Variables,
+    folded: Variables,
+    *args: Any,
+    tolerance: float | None = None,
+    **kwargs: Any,
+) -> float:
+    """Compares a folded model's outputs with those of the model as it was trained.
+
+    Args:
+      model: as for `fold_batch_norms`.
+      variables: as `fold_batch_norms` took them.
+      folded: as it returned them.
+      *args: a batch, as the model takes it.
+      tolerance: the largest difference to accept, as a part of the largest value of its
+        output; None for that of the coarsest dtype that the model computes in:
+        1e-10 for float64, 1e-4 for float32, 1e-2 for float16 and 5e-2 for bfloat16.
+      **kwargs: also passed to the model, such as train=False.
+
+    Returns:
+      The largest difference, as a part of the largest value of its output.
+
+    Raises:
+      ValueError: it is larger than the tolerance, or not finite.
+    """
+    return folding_check.check_same(
+        functools.partial(model.apply, variables, *args, **kwargs),
+        functools.partial(apply_folded, model, folded, *args, **kwargs),
+        tolerance,
+    )
 
 
 def _mark(
     trace: Trace,
-    modules: dict[str, nn.Module],
-    layers: Mapping[type[nn.Module], str],
+    eps: dict[Path, float],
     call: Callable[..., Any],
     args: Any,
     kwargs: Any,
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """Interceptor of methods that tells a trace of layers and normalisations."""
+    """Interceptor of methods that tells a trace of normalisations and other modules."""
     module: Any = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
-    name = "/".join(module.path)
-    if isinstance(module, nn.BatchNorm):
-        modules[name] = module
-        given = dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
-        check_inference(name, module, given.get("use_running_average"))
-        return trace.norm(name, call, given.pop("x"), module.axis, given)
+    if not isinstance(module, nn.BatchNorm):
+        return trace.module(module.path, module, call(*args, **kwargs))
+    if not computes_as(module, _NORMS):
+        trace.leave(module.path, f"{type(module).__name__} has a call of its own")
+        return call(*args, **kwargs)
+    eps[module.path] = module.epsilon
+    given = _arguments(args, kwargs)
+    return trace.norm(module.path, module, call, given.pop("x"), given)
+
+
+def _skip_folded(
+    folded: set[Path],
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Interceptor of methods that gives layers what normalisations were."""
+    module: Any = context.module
+    if context.method_name != "__call__":
+        return call(*args, **kwargs)
+    if (*module.path, "factor") in folded:
+        name, given = "/".join(module.path), _arguments(args, kwargs)
+        check_folded_call(name, is_inference(module, given), given)
+        return ACTIVATIONS[getattr(module, "activation", None)](given["x"])
     y = call(*args, **kwargs)
-    # A class that is derived from a layer's may compute anything.
-    kernel = layers.get(type(module))
-    if kernel is None or not module.has_variable("params", kernel):
-        return y
-    modules[name] = module
-    transposed = getattr(module, "transpose_kernel", False)
-    return trace.layer(name, y, module.get_variable("params", kernel), transposed)
+    if (*module.path, "adds_bias") in folded:
+        bias = nn.meta.unbox(module.get_variable("params", "bias"))
+        y = y + jnp.expand_dims(bias, range(y.ndim - 1)).astype(y.dtype)
+    return y
 
 
-def _fold_one(norm: Any, kernel_path: Path, flat: dict[str, dict[Path, Any]]) -> None:
+def _arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(zip(("x", "use_running_average"), args, strict=False)) | kwargs
+
+
+def _fold_one(fold: Fold, eps: float, flat: dict[str, dict[Path, Any]]) -> None:
     """Moves a normalisation's variables into its layer's."""
 
     def take(collection: str, name: str) -> Any:
-        return flat[collection].pop((*norm.path, name), None)
+        return nn.meta.unbox(flat[collection].pop((*fold.norm, name), None))
 
-    layer_path = kernel_path[:-1]
     params = BatchNormParams(take("params", "scale"), take("params", "bias"))
     stats = BatchStats(take("batch_stats", "mean"), take("batch_stats", "var"))
-    kernel = flat["params"][kernel_path]
-    bias = flat["params"].get((*layer_path, "bias"))
-    fold = fold_dense if kernel.ndim == 2 else fold_conv
-    new_kernel, new_bias = fold(kernel, bias, params, stats, eps=norm.epsilon)
-    flat["params"][kernel_path] = new_kernel
-    flat["params"][*layer_path, "bias"] = new_bias
-    factor, _ = inference_affine(params, stats, eps=norm.epsilon)
-    flat[FOLDED][*norm.path, "factor"] = factor
+    kernel = flat["params"][fold.kernel]
+    bias = flat["params"].get(fold.bias)
+    new_kernel, new_bias = fold_axes(
+        nn.meta.unbox(kernel),
+        nn.meta.unbox(bias),
+        params,
+        stats,
+        eps=eps,
+        inputs=fold.inputs,
+        outputs=fold.outputs,
+    )
+    flat["params"][fold.kernel] = nn.meta.replace_boxed(kernel, new_kernel)
     if bias is None:
-        flat[FOLDED][*layer_path, "adds_bias"] = jnp.ones((), bool)
+        flat[FOLDED][*fold.bias[:-1], "adds_bias"] = jnp.ones((), bool)
+        bias = new_bias
+        if names := getattr(kernel, "names", None):  # of the axes of a box
+            bias = kernel.replace(names=names[fold.outputs : fold.outputs + 1])
+    flat["params"][fold.bias] = nn.meta.replace_boxed(bias, new_bias)
+    factor, _ = inference_affine(params, stats, eps=eps)
+    flat[FOLDED][*fold.norm, "factor"] = factor

@@ -7,13 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bn_jax.linen_folding import LAYERS, fold_batch_norms
+from bn_jax.linen_folding import fold_batch_norms
 from experiments.checkpoints.stored import CheckpointError
 from experiments.models.construction import make_model
-from experiments.models.layers import SeparableConv
 from experiments.models.mlp import MLP
-
-FOLDING_LAYERS = {**LAYERS, SeparableConv: "pointwise_kernel"}
 
 
 def fold_variables(
@@ -80,9 +77,7 @@ def _fold(
     report: bool,
 ) -> dict[str, Any]:
     inputs = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    folded = fold_batch_norms(
-        model, variables, inputs, layers=FOLDING_LAYERS, train=False
-    )
+    folded = fold_batch_norms(model, variables, inputs, train=False)
     if report:
         print(*folded.report, sep="\n")
     return folded.variables
