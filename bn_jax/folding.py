@@ -5,25 +5,14 @@ y = scale * x + shift, and so a part of the linear layer that x comes from, or o
 one that y goes into.
 """
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from bn_jax import arguments
 from bn_jax.params import BatchNormParams
 from bn_jax.passes import statistics_dtype
 from bn_jax.statistics import BatchStats
-
-# What a layer can apply to the normalised values, by name.
-ACTIVATIONS: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
-    None: lambda x: x,
-    "relu": jax.nn.relu,
-    "relu6": jax.nn.relu6,
-    "leaky_relu": jax.nn.leaky_relu,
-    "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
-}
 
 
 def inference_affine(
@@ -59,8 +48,8 @@ def inference_affine(
 
 
 def fold_dense(
-    kernel: jax.Array,
-    bias: jax.Array | None,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     params: BatchNormParams,
     stats: BatchStats,
     *,
@@ -97,8 +86,8 @@ def fold_dense(
 
 
 def fold_conv(
-    kernel: jax.Array,
-    bias: jax.Array | None,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     params: BatchNormParams,
     stats: BatchStats,
     *,
@@ -146,8 +135,8 @@ def fold_conv(
 
 
 def fold_axes(
-    kernel: jax.Array,
-    bias: jax.Array | None,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
     params: BatchNormParams,
     stats: BatchStats,
     *,

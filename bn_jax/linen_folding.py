@@ -10,7 +10,8 @@ import flax.traverse_util
 import jax.numpy as jnp
 
 from bn_jax import folding_check, linen
-from bn_jax.folding import ACTIVATIONS, fold_axes, inference_affine
+from bn_jax.activations import activation_of
+from bn_jax.folding import fold_axes, inference_affine
 from bn_jax.folding_program import Leaf, Path, paths
 from bn_jax.folding_trace import (
     Finding,
@@ -212,7 +213,8 @@ def _skip_folded(
     if (*module.path, "factor") in folded:
         name, given = "/".join(module.path), _arguments(args, kwargs)
         check_folded_call(name, is_inference(module, given), given)
-        return ACTIVATIONS[getattr(module, "activation", None)](given["x"])
+        activation = activation_of(getattr(module, "activation", None))
+        return activation.apply(given["x"])
     y = call(*args, **kwargs)
     if (*module.path, "adds_bias") in folded:
         bias = nn.meta.unbox(module.get_variable("params", "bias"))

@@ -10,7 +10,8 @@ from flax import nnx
 
 import bn_jax.nnx
 from bn_jax import folding_check
-from bn_jax.folding import ACTIVATIONS, fold_axes
+from bn_jax.activations import ActivationName, activation_of
+from bn_jax.folding import fold_axes
 from bn_jax.folding_program import Leaf, Path, paths
 from bn_jax.folding_trace import (
     Finding,
@@ -29,7 +30,7 @@ _TAKE_BIAS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)  # add a bias if they get
 class FoldedBatchNorm(nnx.Module):
     """What stands in the place of a normalisation that is folded into a layer."""
 
-    def __init__(self, activation: str | None = None) -> None:
+    def __init__(self, activation: ActivationName | None = None) -> None:
         self.activation = activation  # as of the normalisation, by name
 
     def __call__(
@@ -41,7 +42,7 @@ class FoldedBatchNorm(nnx.Module):
           ValueError: it is to train, or gets a mask or weights.
         """
         check_folded_call("a normalisation", use_running_average, given)
-        return ACTIVATIONS[self.activation](x)
+        return activation_of(self.activation).apply(x)
 
 
 class Folded(NamedTuple):
