@@ -5,7 +5,8 @@ not fit in the cache, and is timed in turns with the others. The limit is what c
 would take for the fewest passes: 3 forward, 5 backward, 8 for both (2 for a copy).
 `temporary` is the compiled program's memory beside arguments and results, `kept` what
 reverse mode keeps, both in units of the input. The peers of the extra `benchmarks` that
-are not installed are skipped by name. On a GPU the activations are 100 MB and larger.
+are not installed are skipped by name. Small inputs are also normalised without jit. On
+a GPU the activations are 100 MB and larger.
 """
 
 import argparse
@@ -37,14 +38,17 @@ CONVOLUTIONS = {
 DENSE = [(60, 100), (8192, 4096)]
 TINY = [(4, 6, 6, 8), (8, 4)]
 DTYPES = ("float32", "bfloat16")
-PASSES = {"forward": 3, "backward": 5, "forward and backward": 8}
+EAGER = "forward without jit"
+PASSES = {"forward": 3, "backward": 5, "forward and backward": 8, EAGER: 3}
 # With ReLU or without, and the passes.
 KINDS = (
     (True, "forward and backward"),
     (True, "forward"),
     (True, "backward"),
     (False, "forward and backward"),
+    (True, EAGER),
 )
+MAX_EAGER_SIZE = 10_000  # where what is measured is the call
 CACHE_BYTES = 64 << 20  # inputs of one contestant are at least as large together
 ROUNDS = 9
 NOT_COMPARED = ("bn_jax", "copy", "copy by torch")
@@ -66,6 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
         for setting in itertools.product(_shapes(arguments), dtypes)
         for relu, passes in KINDS
         if passes in chosen_passes
+        and (passes != EAGER or math.prod(setting[0]) <= MAX_EAGER_SIZE)
     ]
     if missing:
         print(f"skipped, not installed: {', '.join(missing)}")
@@ -140,6 +145,9 @@ def measure(
         if layer.channels_first:
             own = [[jnp.moveaxis(a, -1, 1) for a in pair] for pair in inputs]
         step, arguments = _step(layer, passes, own)
+        if passes == EAGER:
+            calls[name] = functools.partial(_call, step, arguments, repeats)
+            continue
         step = jax.jit(step)
         compiled = step.lower(*arguments[0]).compile()
         # The jitted function, and not what was compiled, which takes longer to call.
@@ -209,7 +217,7 @@ def _step(
 
     if passes == "forward and backward":
         return both, [(layer.params, x, dy) for x, dy in inputs]
-    if passes == "forward":
+    if passes in ("forward", EAGER):
         return layer.forward, [(layer.params, x) for x, _ in inputs]
     run = jax.jit(forward)
     kept = [(run(layer.params, x), dy) for x, dy in inputs]

@@ -205,7 +205,7 @@ def torch_step(
       dy: the output's gradient.
       bfloat16: convert both.
       relu: apply ReLU, which torch does in an operation of its own.
-      passes: "forward", "backward" or "forward and backward".
+      passes: of `benchmarks.op`.
       compiled: by `torch.compile`.
 
     Returns:
@@ -221,7 +221,7 @@ def torch_step(
         tensor = torch.from_numpy(array.copy()).to(device, dtype)
         return tensor.permute(0, 3, 1, 2) if array.ndim == 4 else tensor
 
-    backward = passes != "forward"
+    backward = "backward" in passes
     layer_type = torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d
     layer = layer_type(x.shape[-1], eps=EPSILON, momentum=1 - DECAY, device=device)
     network = torch.nn.Sequential(layer, torch.nn.ReLU()) if relu else layer

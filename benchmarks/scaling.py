@@ -1,7 +1,7 @@
 """How the cost grows with batch, channels, devices and the size of a network.
 
 Times are of forward and backward passes of BN with ReLU, beside flax.linen's. For
-devices (8 host devices are forced) the collectives of the compiled program are counted
+devices (512 host devices are forced, and nothing is run on them) the collectives of the compiled program are counted
 and their results' bytes added up, which no load on the machine changes. A checkpoint is
 that of a training state of Inception with momentum, saved and restored by
 `experiments.checkpoints.saving`.
@@ -24,7 +24,7 @@ from experiments.checkpoints.saving import Checkpoints
 from experiments.models.inception import Inception
 from experiments.training import sgd
 
-DEVICES = (1, 2, 4, 8)
+DEVICES = (1, 2, 4, 8, 16, 64, 256, 512)
 CONTESTANTS = ("bn_jax", "flax.linen")
 ROUNDS = 11
 
