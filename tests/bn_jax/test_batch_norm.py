@@ -250,7 +250,8 @@ def test_relu_is_that_of_the_output():
     problem = make_problem((50, 3))
     fused = actual_step(problem, activation="relu")
     bare = actual_step(problem)
-    np.testing.assert_array_equal(fused.y, np.maximum(bare.y, 0))
+    # Two programs, in which a compiler may round the last operation otherwise.
+    np.testing.assert_allclose(fused.y, np.maximum(bare.y, 0), rtol=2e-7)
     dy = problem.dy * (np.asarray(bare.y) > 0)
     after = actual_step(problem._replace(dy=dy))
     for name in ("dx", "dscale", "dbias"):
