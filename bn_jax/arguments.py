@@ -9,8 +9,7 @@ import numpy as np
 
 from bn_jax.layout import Layout
 from bn_jax.params import BatchNormParams
-from bn_jax.population import PopulationMoments
-from bn_jax.statistics import BatchStats
+from bn_jax.statistics import BatchStats, PopulationMoments
 
 ACTIVATIONS = (None, "relu")
 
@@ -84,7 +83,7 @@ def check_types(
     if isinstance(stats, PopulationMoments) and not gathering:
         raise TypeError(
             "stats are PopulationMoments, which only training adds batches to; for "
-            "inference make BatchStats of them with finalize_population(stats)."
+            "inference make BatchStats of them with bn_jax.population.finalize."
         )
 
 

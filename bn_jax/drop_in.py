@@ -13,9 +13,8 @@ from jax.typing import DTypeLike
 
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
-from bn_jax.population import Statistics
 from bn_jax.renormalisation import batch_renorm
-from bn_jax.statistics import BatchStats
+from bn_jax.statistics import BatchStats, Statistics
 from bn_jax.transform import batch_norm
 from bn_jax.virtual_batches import ghost_batch_norm
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from bn_jax.collectives import AxisName
 from bn_jax.drop_in import Limits, apply_module
+from bn_jax.gathering import GATHERING
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
-from bn_jax.population import POPULATION
 from bn_jax.statistics import BatchStats
 
 
@@ -102,10 +102,10 @@ class BatchNorm(nn.BatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
         stats: Any = BatchStats(mean.value, var.value)
-        population: Any = None
-        if train and self.has_variable("batch_stats", POPULATION):
-            population = self.variable("batch_stats", POPULATION)
-            stats = population.value
+        gathering: Any = None
+        if train and self.has_variable("batch_stats", GATHERING):
+            gathering = self.variable("batch_stats", GATHERING)
+            stats = gathering.value
 
         def parameter(name: str, init: nn.initializers.Initializer) -> jax.Array:
             return self.param(name, init, features, self.param_dtype)
@@ -132,8 +132,8 @@ class BatchNorm(nn.BatchNorm):
             activation=self.activation,
             unbiased=self.unbiased,
         )
-        if population is not None:
-            population.value = stats
+        if gathering is not None:
+            gathering.value = stats
         elif train and not initialising:
             mean.value, var.value = stats
         return y

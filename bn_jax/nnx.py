@@ -1,19 +1,15 @@
 """Batch normalisation as a Flax nnx module: variables and defaults, no arithmetic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from bn_jax import population
 from bn_jax.drop_in import Limits, apply_module
+from bn_jax.gathering import GATHERING
 from bn_jax.params import BatchNormParams
-from bn_jax.population import (
-    POPULATION,
-    check_seen,
-    finish_population,
-    start_population,
-)
 from bn_jax.statistics import BatchStats
 
 Values = tuple[Any, ...]
@@ -121,9 +117,9 @@ class BatchNorm(nnx.BatchNorm):
         x, mean, var, scale, bias = promoted
         # Flax, too, promotes the statistics for inference alone.
         stats: Any = stored if train else BatchStats(mean, var)
-        population = getattr(self, POPULATION, None) if train else None
-        if population is not None:
-            stats = population.get_value()
+        gathering = getattr(self, GATHERING, None) if train else None
+        if gathering is not None:
+            stats = gathering.get_value()
         y, stats = apply_module(
             BatchNormParams(scale, bias),
             stats,
@@ -142,8 +138,8 @@ class BatchNorm(nnx.BatchNorm):
             activation=self.activation,
             unbiased=self.unbiased,
         )
-        if population is not None:
-            population.set_value(stats)
+        if gathering is not None:
+            gathering.set_value(stats)
         elif train:
             self.mean[...], self.var[...] = stats
         return y
@@ -183,39 +179,62 @@ def population_statistics(
         nnx.jit(lambda model, x: model(x)). What it returns is dropped.
       model: in training mode, see `model.train()`.
       batches: what `run` takes; of any sizes.
-      pooled: as if all batches were one; see `bn_jax.finalize_population`.
+      pooled: as if all batches were one; see `bn_jax.population.finalize`.
       keep_unseen: leave the statistics of layers that saw no batch as they are.
 
     Raises:
       ValueError: the model has no such layer, or layers saw no batch and keep_unseen is
         False.
     """
-    layers = {
-        "/".join(map(str, path)) or "the layer": module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNorm)
-    }
+    layers = _layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer of bn_jax.nnx.BatchNorm; use it in "
             "the place of flax.nnx.BatchNorm."
         )
     old = {name: layer.statistics() for name, layer in layers.items()}
+    gathered = population.init(old)
+    for batch in batches:
+        gathered = _gather(layers, gathered, run, model, batch)[1]
+    if not keep_unseen:
+        population.check_seen(gathered)
+    _set_statistics(layers, population.finalize(gathered, old, pooled=pooled))
+
+
+def _layers(model: nnx.Module) -> dict[str, BatchNorm]:
+    """The layers of this module in a model, by their path."""
+    return {
+        "/".join(map(str, path)) or "the layer": module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNorm)
+    }
+
+
+def _gather(
+    layers: Mapping[str, BatchNorm],
+    stats: Mapping[str, Any],
+    run: Callable[[Any, Any], Any],
+    model: nnx.Module,
+    batch: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """What run(model, batch) returns, and what becomes of the layers' statistics."""
     try:
-        for name, empty in start_population(old).items():
-            setattr(layers[name], POPULATION, nnx.BatchStat(empty))
-        for batch in batches:
-            run(model, batch)
-        gathered = {
-            name: getattr(layer, POPULATION).get_value()
+        for name, layer in layers.items():
+            setattr(layer, GATHERING, nnx.BatchStat(stats[name]))
+        result = run(model, batch)
+        return result, {
+            name: getattr(layer, GATHERING).get_value()
             for name, layer in layers.items()
         }
     finally:
         for layer in layers.values():
-            if hasattr(layer, POPULATION):
-                delattr(layer, POPULATION)
-    if not keep_unseen:
-        check_seen(gathered)
-    new = finish_population(gathered, old, pooled=pooled)
+            if hasattr(layer, GATHERING):
+                delattr(layer, GATHERING)
+
+
+def _set_statistics(
+    layers: Mapping[str, BatchNorm], stats: Mapping[str, BatchStats]
+) -> None:
     for name, layer in layers.items():
-        layer.mean[...], layer.var[...] = new[name]
+        layer.mean[...] = stats[name].mean
+        layer.var[...] = stats[name].var

@@ -1,7 +1,7 @@
-"""Batch statistics: the state of batch normalisation, and its moving average."""
+"""Statistics of a layer: the moving average, and those that gather batches instead."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,24 @@ class BatchStats(NamedTuple):
 
     mean: jax.Array  # (features), float32 or float64
     var: jax.Array  # (features), same dtype
+
+
+class PopulationMoments(NamedTuple):
+    """What the batches so far say about the population, per feature.
+
+    In the place of `BatchStats`, `bn_jax.batch_norm` in training adds its batch's
+    moments to it. All fields are (features), float32 or float64.
+    """
+
+    # The checker minds that the name hides tuple.count.
+    count: jax.Array  # type: ignore[assignment] # values, or their total weight
+    mean: jax.Array  # of all values
+    var: jax.Array  # of all values, biased
+    var_within: jax.Array  # of values about the mean of their own batch, biased
+    num_batches: jax.Array  # batches that had a value
+
+
+Statistics = TypeVar("Statistics", BatchStats, PopulationMoments)
 
 
 def init_stats(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from bn_jax import arguments, collectives
+from bn_jax import arguments, collectives, population
 from bn_jax.collectives import AxisIndexGroups, AxisName
 from bn_jax.fusion import computed_again, computed_once, position_sums
 from bn_jax.layout import Layout, make_layout
@@ -20,8 +20,12 @@ from bn_jax.moments import (
     statistics_dtype,
 )
 from bn_jax.params import BatchNormParams
-from bn_jax.population import PopulationMoments, Statistics, update_population
-from bn_jax.statistics import BatchStats, update_stats
+from bn_jax.statistics import (
+    BatchStats,
+    PopulationMoments,
+    Statistics,
+    update_stats,
+)
 
 # The name that policies of `jax.checkpoint` know the batch's moments by. Saving them
 # spares rematerialisation the reductions, and the collective of shared moments.
@@ -119,7 +123,7 @@ def batch_norm(
     options = _Options(layout, float(eps), activation, axis_name, groups)
     y, batch = _normalise_by_batch(options, params, x, weights, stats.mean)
     if isinstance(stats, PopulationMoments):
-        return y, update_population(stats, batch)
+        return y, population.update(stats, batch)
     return y, update_stats(stats, batch, decay=decay, unbiased=unbiased)
 
 

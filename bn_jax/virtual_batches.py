@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from bn_jax import population
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import Moments, check_weights, nonzero_count
 from bn_jax.params import BatchNormParams
-from bn_jax.population import PopulationMoments, Statistics, update_population
-from bn_jax.statistics import BatchStats, update_stats
+from bn_jax.statistics import (
+    BatchStats,
+    PopulationMoments,
+    Statistics,
+    update_stats,
+)
 from bn_jax.transform import batch_norm
 
 
@@ -114,7 +119,7 @@ def ghost_batch_norm(
     )(divide(x), weights)
     y = y.reshape(x.shape)
     if isinstance(stats, PopulationMoments):
-        return y, update_population(stats, *map(Moments, *parts))
+        return y, population.update(stats, *map(Moments, *parts))
     average = _average(parts, unbiased)
     return y, update_stats(stats, average, decay=decay, unbiased=False)
 
