@@ -1,7 +1,7 @@
 """Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
 
+from bn_jax.accumulation import accumulate_gradients
 from bn_jax.folding import fold_conv, fold_dense, inference_affine
-from bn_jax.micro_batches import accumulate_gradients
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
 from bn_jax.population import population_statistics

@@ -9,7 +9,7 @@ import numpy as np
 
 from bn_jax.layout import Layout
 from bn_jax.params import BatchNormParams
-from bn_jax.statistics import BatchStats, PopulationMoments
+from bn_jax.statistics import BatchStats, MicroBatchStats, PopulationMoments
 
 ACTIVATIONS = (None, "relu")
 
@@ -54,7 +54,7 @@ def check_activation(activation: str | None) -> None:
 
 def check_types(
     params: BatchNormParams,
-    stats: BatchStats | PopulationMoments,
+    stats: BatchStats | PopulationMoments | MicroBatchStats,
     gathering: bool = False,
 ) -> None:
     """Parameters and statistics are there and are what they should be.
@@ -84,6 +84,13 @@ def check_types(
         raise TypeError(
             "stats are PopulationMoments, which only training adds batches to; for "
             "inference make BatchStats of them with bn_jax.population.finalize."
+        )
+    if isinstance(stats, MicroBatchStats):
+        raise TypeError(
+            "stats are MicroBatchStats, which batch_norm alone can train with: "
+            "accumulate_gradients normalises by the moments of the whole batch, ghost "
+            "batches and renormalisation do not. Leave those out, or accumulate the "
+            "gradients of separate micro-batches."
         )
 
 

@@ -147,7 +147,10 @@ def match_varying(
         cotangent = total
     elif missing:
         cotangent = lax.psum(cotangent, tuple(sorted(missing, key=str)))
-    extra = varying_axes(primal) - varying_axes(cotangent)
-    if extra:
-        cotangent = lax.pcast(cotangent, tuple(sorted(extra, key=str)), to="varying")
-    return cotangent
+    return vary_over(cotangent, varying_axes(primal))
+
+
+def vary_over(value: jax.Array, axes: frozenset[Hashable]) -> jax.Array:
+    """Lets a value vary over axes, too, in `jax.shard_map`'s check."""
+    extra = tuple(sorted(axes - varying_axes(value), key=str))
+    return lax.pcast(value, extra, to="varying") if extra else value

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
 from bn_jax.renormalisation import batch_renorm
-from bn_jax.statistics import BatchStats, Statistics
+from bn_jax.statistics import PopulationMoments, Statistics
 from bn_jax.transform import batch_norm
 from bn_jax.virtual_batches import ghost_batch_norm
 
@@ -79,7 +79,7 @@ def apply_module(
             ghost_batch_norm, virtual_batch_size=virtual_batch_size
         )
     # Every layer normalises by its own batch while a population is gathered.
-    elif renormalisation is not None and isinstance(stats, BatchStats):
+    elif renormalisation is not None and not isinstance(stats, PopulationMoments):
         r_max, d_max = renormalisation
         transform = functools.partial(batch_renorm, r_max=r_max, d_max=d_max)
     # Flax promotes, whatever JAX is told about implicit promotion.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from bn_jax.statistics import BatchStats, PopulationMoments
+from bn_jax.statistics import BatchStats, MicroBatchStats, PopulationMoments
 
 # The entry's name. Modules for Flax that find it use it as their statistics.
 GATHERING = "gathering"
@@ -121,4 +121,4 @@ def _is_layer(node: Any) -> bool:
     if isinstance(node, Mapping):
         fields = [node.get(name) for name in BatchStats._fields]
         return not any(field is None or isinstance(field, Mapping) for field in fields)
-    return isinstance(node, BatchStats | PopulationMoments)
+    return isinstance(node, BatchStats | PopulationMoments | MicroBatchStats)

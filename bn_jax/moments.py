@@ -104,7 +104,7 @@ def merge_moments(*parts: Moments) -> Moments:
             f"{len(parts)} with shapes {sorted(shapes)}."
         )
     stacked = (jnp.stack(field) for field in zip(*parts, strict=True))
-    return _merge_stacked(Moments(*stacked))
+    return merge_stacked(Moments(*stacked))
 
 
 def statistics_dtype(x: jax.Array) -> jnp.dtype:
@@ -178,7 +178,7 @@ def shared_moments(
     if axis_name is None:
         return local
     gathered = collectives.gather(jnp.stack(local), axis_name, groups)
-    return _merge_stacked(Moments(*jnp.moveaxis(gathered, 1, 0)))
+    return merge_stacked(Moments(*jnp.moveaxis(gathered, 1, 0)))
 
 
 def _from_sample(
@@ -282,7 +282,7 @@ def _total_weight(x: jax.Array, layout: Layout, weights: jax.Array | None) -> ja
     return jnp.broadcast_to(total, layout.feature_shape)
 
 
-def _merge_stacked(parts: Moments) -> Moments:
+def merge_stacked(parts: Moments) -> Moments:
     """Merges parts that are stacked along a leading axis."""
     total = jnp.sum(parts.count, axis=0, keepdims=True)
     share = parts.count / nonzero_count(total)

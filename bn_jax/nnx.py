@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from bn_jax import population
+from bn_jax import accumulation, population
 from bn_jax.drop_in import Limits, apply_module
 from bn_jax.gathering import GATHERING
 from bn_jax.params import BatchNormParams
@@ -199,6 +199,46 @@ def population_statistics(
     if not keep_unseen:
         population.check_seen(gathered)
     _set_statistics(layers, population.finalize(gathered, old, pooled=pooled))
+
+
+def accumulate_gradients(
+    loss_function: Callable[[Any, Any], jax.Array],
+    model: nnx.Module,
+    micro_batches: Any,
+) -> tuple[jax.Array, Any]:
+    """Loss and gradients of a large batch, and its statistics, in place.
+
+    As `bn_jax.accumulate_gradients`, for the layers of this module in a model. Whatever
+    else the model changes as it runs, such as the state of random numbers, stays as it
+    was before, for every micro-batch.
+
+    Args:
+      loss_function: called as loss_function(model, micro_batch); returns the
+        micro-batch's part of the loss, a scalar.
+      model: in training mode, see `model.train()`.
+      micro_batches: a tree of arrays whose leading axis is that of the micro-batches.
+
+    Returns:
+      The loss and the gradients by `nnx.Param`, as `nnx.value_and_grad` would of the
+      large batch.
+
+    Raises:
+      ValueError: as `bn_jax.accumulate_gradients`.
+      TypeError: as `bn_jax.accumulate_gradients`.
+    """
+    graph, params, *others = nnx.split(model, nnx.Param, ...)
+
+    def of_micro_batch(params: Any, stats: Any, micro_batch: Any) -> Any:
+        model = nnx.merge(graph, params, *others, copy=True)
+        return _gather(_layers(model), stats, loss_function, model, micro_batch)
+
+    layers = _layers(model)
+    old = {name: layer.statistics() for name, layer in layers.items()}
+    (loss, new), grads = accumulation.accumulate_gradients(
+        of_micro_batch, params, old, micro_batches
+    )
+    _set_statistics(layers, new)
+    return loss, grads
 
 
 def _layers(model: nnx.Module) -> dict[str, BatchNorm]:

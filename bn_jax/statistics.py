@@ -32,7 +32,23 @@ class PopulationMoments(NamedTuple):
     num_batches: jax.Array  # batches that had a value
 
 
-Statistics = TypeVar("Statistics", BatchStats, PopulationMoments)
+class MicroBatchStats(NamedTuple):
+    """A layer's statistics while it trains on one part of a larger batch.
+
+    In the place of `BatchStats`, `bn_jax.batch_norm` in training normalises by the
+    moments of the whole batch, and returns what the part contributes to them.
+    """
+
+    mean: jax.Array  # as of `BatchStats`: the old one, then moved by the whole batch
+    var: jax.Array
+    whole: Moments  # of the whole batch; gradients flow into mean and variance
+    part: Moments  # of the micro-batch, on all devices that share it; 0 before the call
+    # What the micro-batch, on this device, adds to the whole batch's mean and variance:
+    # of use by its derivatives alone. 0 before the call.
+    influence: Moments
+
+
+Statistics = TypeVar("Statistics", BatchStats, PopulationMoments, MicroBatchStats)
 
 
 def init_stats(

@@ -12,6 +12,7 @@ from bn_jax import arguments, collectives, population
 from bn_jax.collectives import AxisIndexGroups, AxisName
 from bn_jax.fusion import computed_again, computed_once, position_sums
 from bn_jax.layout import Layout, make_layout
+from bn_jax.micro_batches import micro_batch_norm
 from bn_jax.moments import (
     Moments,
     check_weights,
@@ -22,6 +23,7 @@ from bn_jax.moments import (
 from bn_jax.params import BatchNormParams
 from bn_jax.statistics import (
     BatchStats,
+    MicroBatchStats,
     PopulationMoments,
     Statistics,
     update_stats,
@@ -69,7 +71,8 @@ def batch_norm(
     Args:
       params: scale and bias, (features) each; None for either leaves it out.
       stats: mean and variance, (features) each, float32 or float64. In training also
-        `PopulationMoments`, which gather batches for Algorithm 2 and do not decay.
+        `PopulationMoments`, which gather batches for Algorithm 2 and do not decay, or
+        `MicroBatchStats`, see `bn_jax.accumulation`.
         In training y does not depend on them, but on TPU by rounding: the batch's
         moments are taken about the mean that they expect.
       x: any rank; float16, bfloat16, float32 or float64.
@@ -102,6 +105,22 @@ def batch_norm(
       ValueError: a value or a shape does not fit (the message says which); stats are
         None; in training, only one value per feature.
     """
+    if isinstance(stats, MicroBatchStats):
+        return micro_batch_norm(
+            batch_norm,
+            params,
+            stats,
+            x,
+            train=train,
+            axis=axis,
+            decay=decay,
+            eps=eps,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            activation=activation,
+            unbiased=unbiased,
+        )
     arguments.check_eps(eps)
     arguments.check_decay(decay)
     arguments.check_activation(activation)

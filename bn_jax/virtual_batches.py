@@ -3,21 +3,19 @@
 import functools
 import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from bn_jax import population
+from bn_jax import arguments, population
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import Moments, check_weights, nonzero_count
 from bn_jax.params import BatchNormParams
-from bn_jax.statistics import (
-    BatchStats,
-    PopulationMoments,
-    Statistics,
-    update_stats,
-)
+from bn_jax.statistics import BatchStats, PopulationMoments, update_stats
 from bn_jax.transform import batch_norm
+
+Statistics = TypeVar("Statistics", BatchStats, PopulationMoments)
 
 
 def ghost_batch_norm(
@@ -90,6 +88,7 @@ def ghost_batch_norm(
             weights=weights,
             activation=activation,
         )
+    arguments.check_types(params, stats, gathering=True)
 
     def normalise(x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, Moments]:
         # With a decay of 0 the new statistics are the virtual batch's own.
