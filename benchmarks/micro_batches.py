@@ -35,14 +35,16 @@ Step = Callable[[Any], Any]
 
 
 def network_loss(
-    batch_norm: Callable[..., Any], params: Any, stats: Any, batch: Any
+    params: Any, stats: Any, batch: Any, axis_name: str | None = None
 ) -> tuple[jax.Array, Any]:
     """A mean square error over the large batch, and new statistics."""
     x, target = batch
     new_stats = []
     for layer, old in zip(params, stats, strict=True):
         x = jax.ad_checkpoint.checkpoint_name(x @ layer["kernel"], "product")
-        x, new = batch_norm(layer["norm"], old, x)
+        x, new = bn_jax.batch_norm(
+            layer["norm"], old, x, train=True, axis_name=axis_name
+        )
         # Without a kink, or rounding alone would now and then change a gradient.
         x = jnp.tanh(x)
         new_stats.append(new)
@@ -52,15 +54,14 @@ def network_loss(
 def differentiated(stats: Any, parts: Any) -> dict[str, Step]:
     """Ways that differentiate a loss of the whole batch, by that loss."""
     batch = jax.tree.map(lambda a: a.reshape(-1, WIDTH), parts)
-    plain = functools.partial(bn_jax.batch_norm, train=True)
-    shared = functools.partial(plain, axis_name="micro_batches")
 
     def large(params: Any) -> Any:
-        return network_loss(plain, params, stats, batch)
+        return network_loss(params, stats, batch)
 
     def mapped(params: Any) -> Any:
-        one = functools.partial(network_loss, shared, params, stats)
-        losses, new_stats = jax.vmap(one, axis_name="micro_batches")(parts)
+        name = "micro_batches"
+        one = functools.partial(network_loss, params, stats, axis_name=name)
+        losses, new_stats = jax.vmap(one, axis_name=name)(parts)
         return losses.sum(), jax.tree.map(lambda leaf: leaf[0], new_stats)
 
     return {
@@ -74,7 +75,6 @@ def differentiated(stats: Any, parts: Any) -> dict[str, Step]:
 
 def accumulating(stats: Any, parts: Any) -> dict[str, Step]:
     """Ways that add up gradients of micro-batches, by a function that gives these."""
-    plain = functools.partial(bn_jax.batch_norm, train=True)
 
     def accumulated(params: Any) -> Any:
         (_, new_stats), grads = bn_jax.accumulate_gradients(
@@ -85,8 +85,7 @@ def accumulating(stats: Any, parts: Any) -> dict[str, Step]:
     def separate(params: Any) -> Any:
         def add(carry: Any, part: Any) -> Any:
             total, stats = carry
-            loss = functools.partial(network_loss, plain)
-            grads, stats = jax.grad(loss, has_aux=True)(params, stats, part)
+            grads, stats = jax.grad(network_loss, has_aux=True)(params, stats, part)
             return (jax.tree.map(jnp.add, total, grads), stats), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)

@@ -16,8 +16,7 @@ from bn_jax.collectives import AxisIndexGroups, AxisName, Groups
 from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import check_weights
 from bn_jax.params import BatchNormParams
-from bn_jax.population import PopulationMoments
-from bn_jax.statistics import BatchStats
+from bn_jax.statistics import AnyStats, MicroBatchStats, PopulationMoments
 
 
 class Options(NamedTuple):
@@ -50,11 +49,11 @@ class Call(NamedTuple):
 
 def check(
     params: BatchNormParams,
-    stats: BatchStats | PopulationMoments,
+    stats: AnyStats,
     x: ArrayLike,
     *,
     train: bool,
-    gathering: bool = True,
+    gathering: tuple[type, ...] = (PopulationMoments, MicroBatchStats),
     axis: int | Sequence[int],
     decay: ArrayLike,
     eps: float,
@@ -68,7 +67,8 @@ def check(
 ) -> Call:
     """Checks what `bn_jax.batch_norm` takes, and makes arrays of what is like one.
 
-    `gathering`: in training, `PopulationMoments` are welcome as statistics.
+    `gathering` are types of statistics that are welcome in training, beside
+    `BatchStats`.
     """
     check_eps(eps)
     _check_decay(decay)
@@ -76,7 +76,7 @@ def check(
     x = jnp.asarray(x)
     layout = make_layout(x.shape, axis)
     checked_weights = check_weights(x, weights)
-    check_types(params, stats, gathering=train and gathering)
+    check_types(params, stats, gathering if train else (MicroBatchStats,))
     params, stats = jax.tree.map(jnp.asarray, (params, stats))
     source = f"x of shape {x.shape} along its feature axes {layout.feature_axes}"
     check_features(params, stats, layout.feature_shape, source)
@@ -93,7 +93,8 @@ def check(
     call = Call(options, params, stats, x, checked_weights, decay)
     if train:
         check_precision(stats)
-        if single_value == "error":
+        # Of micro-batches there are several.
+        if single_value == "error" and not isinstance(stats, MicroBatchStats):
             num_devices = collectives.group_size(axis_name, groups)
             check_num_values(x, layout, num_devices)
     return call
@@ -144,15 +145,15 @@ def check_choices(activation: str | None, single_value: str) -> None:
 
 def check_types(
     params: BatchNormParams,
-    stats: BatchStats | PopulationMoments,
-    gathering: bool = False,
+    stats: AnyStats,
+    gathering: tuple[type, ...] = (),
 ) -> None:
     """Parameters and statistics are there and are what they should be.
 
     Args:
       params: scale and bias.
       stats: of inference, or such as gather batches.
-      gathering: the latter are welcome.
+      gathering: types of the latter that are welcome.
     """
     if not (isinstance(params, tuple) and hasattr(params, "scale")):
         raise TypeError(
@@ -170,22 +171,29 @@ def check_types(
             f"stats must be BatchStats(mean, var), got {type(stats).__name__}; make "
             "them with init_stats(num_features)."
         )
-    if isinstance(stats, PopulationMoments) and not gathering:
+    if isinstance(stats, PopulationMoments) and PopulationMoments not in gathering:
         raise TypeError(
             "stats are PopulationMoments, which only training adds batches to; for "
-            "inference make BatchStats of them with finalize_population(stats)."
+            "inference make BatchStats of them with bn_jax.population.finalize."
+        )
+    if isinstance(stats, MicroBatchStats) and MicroBatchStats not in gathering:
+        raise TypeError(
+            "stats are MicroBatchStats, which batch_norm alone can train with: "
+            "accumulate_gradients normalises by the moments of the whole batch, ghost "
+            "batches and renormalisation do not. Leave those out, or accumulate the "
+            "gradients of separate micro-batches."
         )
 
 
 def check_features(
     params: BatchNormParams,
-    stats: BatchStats | PopulationMoments,
+    stats: AnyStats,
     feature_shape: tuple[int, ...],
     source: str,
 ) -> None:
     """Parameters and statistics are floating point and as long as `source` says."""
     named = {f"params.{name}": value for name, value in params._asdict().items()}
-    named |= {f"stats.{name}": value for name, value in stats._asdict().items()}
+    named |= {"stats.mean": stats.mean, "stats.var": stats.var}
     for name, value in named.items():
         if value is None:
             continue
@@ -201,9 +209,9 @@ def check_features(
             )
 
 
-def check_precision(stats: BatchStats | PopulationMoments) -> None:
+def check_precision(stats: AnyStats) -> None:
     """Statistics can take small steps."""
-    for name, value in stats._asdict().items():
+    for name, value in (("mean", stats.mean), ("var", stats.var)):
         if jnp.finfo(value.dtype).bits < 32:
             raise TypeError(
                 f"stats.{name} is {value.dtype}, too coarse for a moving average; keep "

@@ -12,17 +12,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from bn_jax import collectives, forms, passes
+from bn_jax import collectives, forms, passes, population
 from bn_jax.activations import ActivationName, activation_of
 from bn_jax.arguments import Call, Options, check
 from bn_jax.collectives import AxisIndexGroups, AxisName
 from bn_jax.forms import Form
 from bn_jax.layout import make_layout
+from bn_jax.micro_batches import micro_batch_norm
 from bn_jax.moments import Moments, shared_moments
 from bn_jax.params import BatchNormParams
-from bn_jax.population import PopulationMoments, Statistics, update_population
 from bn_jax.sharding import compiled, specs_of
-from bn_jax.statistics import BatchStats, update_stats, without_nonfinite
+from bn_jax.statistics import (
+    BatchStats,
+    MicroBatchStats,
+    PopulationMoments,
+    Statistics,
+    update_stats,
+    without_nonfinite,
+)
 
 # The name that policies of `jax.checkpoint` know the batch's moments by. Saving them
 # spares rematerialisation the reductions, and the collective of shared moments.
@@ -71,7 +78,8 @@ def batch_norm(
     Args:
       params: scale and bias, (features) each; None for either leaves it out.
       stats: mean and variance, (features) each, float32 or float64. In training also
-        `PopulationMoments`, which gather batches for Algorithm 2 and do not decay.
+        `PopulationMoments`, which gather batches for Algorithm 2 and do not decay, or
+        `MicroBatchStats`, see `bn_jax.accumulation`.
         In training y does not depend on them, but on TPU by rounding: the batch's
         moments are taken about the mean that they expect.
       x: any rank; float16, bfloat16, float32 or float64.
@@ -127,13 +135,18 @@ def batch_norm(
         skip_nonfinite=skip_nonfinite,
         single_value=single_value,
     )
-    return train_step(call) if train else (infer(call), stats)
+    if not train:
+        return infer(call), stats
+    if isinstance(stats, MicroBatchStats):
+        return micro_batch_norm(infer, call)
+    return train_step(call)
 
 
 def infer(call: Call) -> jax.Array:
     """Normalises by the statistics (Algorithm 2)."""
     options, params, stats, x, weights, _ = call
-    y: jax.Array = _infer(options, params, stats, x, weights)
+    by = BatchStats(stats.mean, stats.var)
+    y: jax.Array = _infer(options, params, by, x, weights)
     return y
 
 
@@ -190,26 +203,19 @@ def _infer(
 def _train_step(
     options: Options,
     params: BatchNormParams,
-    stats: Statistics,
+    stats: BatchStats | PopulationMoments,
     x: jax.Array,
     weights: jax.Array | None,
     decay: jax.Array,
     limits: Limits | None,
-) -> tuple[jax.Array, Statistics]:
+) -> tuple[jax.Array, BatchStats | PopulationMoments]:
     old = BatchStats(stats.mean, stats.var)
     y, batch = normalise_by_batch(options, params, x, weights, old, limits)
-    return y, move_statistics(options, stats, batch, decay)
-
-
-def move_statistics(
-    options: Options, stats: Statistics, batch: Moments, decay: jax.Array
-) -> Statistics:
-    """Statistics after a batch, in the old ones' dtype."""
     if options.skip_nonfinite:
         batch = without_nonfinite(batch)
     if isinstance(stats, PopulationMoments):
-        return update_population(stats, batch)
-    return update_stats(stats, batch, decay=decay, unbiased=options.unbiased)
+        return y, population.update(stats, batch)
+    return y, update_stats(stats, batch, decay=decay, unbiased=options.unbiased)
 
 
 class Correction(NamedTuple):

@@ -160,13 +160,14 @@ def match_varying(
         cotangent = total
     elif missing:
         cotangent = lax.psum(cotangent, tuple(sorted(missing, key=str)))
-    extra = varying_axes(primal) - varying_axes(cotangent)
-    if extra:
-        cotangent = _to_varying(cotangent, tuple(sorted(extra, key=str)))
-    return cotangent
+    return vary_over(cotangent, varying_axes(primal))
 
 
-def _to_varying(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+def vary_over(value: jax.Array, axes: frozenset[Hashable]) -> jax.Array:
+    """Lets a value vary over axes, too, in `jax.shard_map`'s check."""
+    extra = tuple(sorted(axes - varying_axes(value), key=str))
+    if not extra:
+        return value
     if hasattr(lax, "pcast"):
-        return lax.pcast(value, axes, to="varying")
-    return lax.pvary(value, axes)  # type: ignore[attr-defined]  # JAX 0.7 and 0.8
+        return lax.pcast(value, extra, to="varying")
+    return lax.pvary(value, extra)  # type: ignore[attr-defined]  # JAX 0.7 and 0.8

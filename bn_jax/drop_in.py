@@ -17,9 +17,8 @@ from bn_jax.batch_norm import Limits, batch_norm
 from bn_jax.ghost import ghost_batch_norm
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
-from bn_jax.population import Statistics
 from bn_jax.renormalisation import batch_renorm
-from bn_jax.statistics import BatchStats
+from bn_jax.statistics import PopulationMoments, Statistics
 
 # What the constructors of `flax.linen.BatchNorm` and `flax.nnx.BatchNorm` take that is
 # known here: used, or of no effect on purpose. A new Flax is one name more.
@@ -114,7 +113,8 @@ def apply_module(
     renormalisation = renormalisation or layer.renormalisation
     if looking:
         transform = batch_norm
-        train = train and make_layout(x.shape, layer.axis).num_positions > 1
+        several = make_layout(x.shape, layer.axis).num_positions > 1
+        train = train and (several or layer.single_value == "bias")
     elif layer.virtual_batch_size is not None:
         if renormalisation is not None:
             raise _both_kinds_of_small_batches()
@@ -122,7 +122,7 @@ def apply_module(
             ghost_batch_norm, virtual_batch_size=layer.virtual_batch_size
         )
     # Every layer normalises by its own batch while a population is gathered.
-    elif renormalisation is not None and isinstance(stats, BatchStats):
+    elif renormalisation is not None and not isinstance(stats, PopulationMoments):
         r_max, d_max = renormalisation
         transform = functools.partial(batch_renorm, r_max=r_max, d_max=d_max, **sharing)
     # Flax promotes, whatever JAX is told about implicit promotion.

@@ -2,13 +2,13 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from bn_jax import arguments
+from bn_jax import arguments, population
 from bn_jax.activations import ActivationName
 from bn_jax.arguments import Options, check
 from bn_jax.batch_norm import infer, normalise_by_batch
@@ -16,9 +16,15 @@ from bn_jax.layout import Layout, make_layout
 from bn_jax.moments import Moments
 from bn_jax.params import BatchNormParams
 from bn_jax.passes import nonzero, saturated
-from bn_jax.population import PopulationMoments, Statistics, update_population
 from bn_jax.sharding import compiled, specs_of
-from bn_jax.statistics import BatchStats, update_stats, without_nonfinite
+from bn_jax.statistics import (
+    BatchStats,
+    PopulationMoments,
+    update_stats,
+    without_nonfinite,
+)
+
+Statistics = TypeVar("Statistics", BatchStats, PopulationMoments)
 
 
 def ghost_batch_norm(
@@ -84,6 +90,7 @@ def ghost_batch_norm(
         stats,
         x,
         train=train,
+        gathering=(PopulationMoments,),
         axis=axis,
         decay=decay,
         eps=eps,
@@ -167,7 +174,7 @@ def _train_step(
     parts = Moments(*(jnp.moveaxis(p, virtual.among_features, 0) for p in parts))
     if isinstance(stats, PopulationMoments):
         each = (Moments(*(field[i] for field in parts)) for i in range(number))
-        return y, update_population(stats, *each)
+        return y, population.update(stats, *each)
     if options.skip_nonfinite:
         parts = without_nonfinite(parts)
     average = _average(parts, options.unbiased)

@@ -12,9 +12,9 @@ from bn_jax.activations import ActivationName
 from bn_jax.batch_norm import Limits
 from bn_jax.collectives import AxisName
 from bn_jax.drop_in import apply_module, check_constructor
+from bn_jax.gathering import GATHERING
 from bn_jax.layout import make_layout
 from bn_jax.params import BatchNormParams
-from bn_jax.population import POPULATION
 from bn_jax.statistics import BatchStats
 
 
@@ -115,10 +115,10 @@ class BatchNorm(nn.BatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
         stats: Any = BatchStats(mean.value, var.value)
-        population: Any = None
-        if train and self.has_variable("batch_stats", POPULATION):
-            population = self.variable("batch_stats", POPULATION)
-            stats = population.value
+        gathering: Any = None
+        if train and self.has_variable("batch_stats", GATHERING):
+            gathering = self.variable("batch_stats", GATHERING)
+            stats = gathering.value
 
         def parameter(name: str, init: nn.initializers.Initializer) -> jax.Array:
             return self.param(name, init, features, self.param_dtype)
@@ -137,8 +137,8 @@ class BatchNorm(nn.BatchNorm):
             renormalisation=renormalisation,
             looking=initialising,
         )
-        if population is not None:
-            population.value = stats
+        if gathering is not None:
+            gathering.value = stats
         elif train and not initialising:
             mean.value, var.value = stats
         return y

@@ -1,22 +1,18 @@
 """Batch normalisation as a Flax nnx module: variables and defaults, no arithmetic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from bn_jax import accumulation, population
 from bn_jax.activations import ActivationName
 from bn_jax.batch_norm import Limits
 from bn_jax.drop_in import apply_module, check_constructor
+from bn_jax.gathering import GATHERING
 from bn_jax.params import BatchNormParams
-from bn_jax.population import (
-    POPULATION,
-    check_seen,
-    finish_population,
-    start_population,
-)
 from bn_jax.statistics import BatchStats
 
 Values = tuple[Any, ...]
@@ -122,7 +118,7 @@ class BatchNorm(nnx.BatchNorm):
                 "model.eval()."
             )
         train = not (use_running_average or self.frozen)
-        stored = self.statistics()
+        stored = self._statistics()
         params = BatchNormParams(
             *(
                 None if variable is None else variable[...]
@@ -133,9 +129,9 @@ class BatchNorm(nnx.BatchNorm):
         x, mean, var, scale, bias = promoted
         # Flax, too, promotes the statistics for inference alone.
         stats: Any = stored if train else BatchStats(mean, var)
-        population = getattr(self, POPULATION, None) if train else None
-        if population is not None:
-            stats = population.get_value()
+        gathering = getattr(self, GATHERING, None) if train else None
+        if gathering is not None:
+            stats = gathering.get_value()
         y, stats = apply_module(
             self,
             BatchNormParams(scale, bias),
@@ -148,13 +144,13 @@ class BatchNorm(nnx.BatchNorm):
             # `nnx.tabulate` marks the modules that it only shows so.
             looking=hasattr(self, "_nnx_tabulate_id"),
         )
-        if population is not None:
-            population.set_value(stats)
+        if gathering is not None:
+            gathering.set_value(stats)
         elif train:
             self.mean[...], self.var[...] = stats
         return y
 
-    def statistics(self) -> BatchStats:
+    def _statistics(self) -> BatchStats:
         """The running statistics.
 
         Raises:
@@ -189,39 +185,102 @@ def population_statistics(
         nnx.jit(lambda model, x: model(x)). What it returns is dropped.
       model: in training mode, see `model.train()`.
       batches: what `run` takes; of any sizes.
-      pooled: as if all batches were one; see `bn_jax.finalize_population`.
+      pooled: as if all batches were one; see `bn_jax.population.finalize`.
       keep_unseen: leave the statistics of layers that saw no batch as they are.
 
     Raises:
       ValueError: the model has no such layer, or layers saw no batch and keep_unseen is
         False.
     """
-    layers = {
-        "/".join(map(str, path)) or "the layer": module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNorm)
-    }
+    layers = _layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer of bn_jax.nnx.BatchNorm; use it in "
             "the place of flax.nnx.BatchNorm."
         )
-    old = {name: layer.statistics() for name, layer in layers.items()}
+    old = {name: layer._statistics() for name, layer in layers.items()}
+    gathered = population.init(old)
+    for batch in batches:
+        gathered = _gather(layers, gathered, run, model, batch)[1]
+    if not keep_unseen:
+        population.check_seen(gathered)
+    _set_statistics(layers, population.finalize(gathered, old, pooled=pooled))
+
+
+def accumulate_gradients(
+    loss_function: Callable[[Any, Any], jax.Array],
+    model: nnx.Module,
+    micro_batches: Any,
+) -> tuple[jax.Array, Any]:
+    """Loss and gradients of a large batch, and its statistics, in place.
+
+    As `bn_jax.accumulate_gradients`, for the layers of this module in a model. Whatever
+    else the model changes as it runs, such as the state of random numbers, stays as it
+    was before, for every micro-batch.
+
+    Args:
+      loss_function: called as loss_function(model, micro_batch); returns the
+        micro-batch's part of the loss, a scalar.
+      model: in training mode, see `model.train()`.
+      micro_batches: a tree of arrays whose leading axis is that of the micro-batches.
+
+    Returns:
+      The loss and the gradients by `nnx.Param`, as `nnx.value_and_grad` would of the
+      large batch.
+
+    Raises:
+      ValueError: as `bn_jax.accumulate_gradients`.
+      TypeError: as `bn_jax.accumulate_gradients`.
+    """
+    graph, params, *others = nnx.split(model, nnx.Param, ...)
+
+    def of_micro_batch(params: Any, stats: Any, micro_batch: Any) -> Any:
+        model = nnx.merge(graph, params, *others, copy=True)
+        return _gather(_layers(model), stats, loss_function, model, micro_batch)
+
+    layers = _layers(model)
+    old = {name: layer._statistics() for name, layer in layers.items()}
+    (loss, new), grads = accumulation.accumulate_gradients(
+        of_micro_batch, params, old, micro_batches
+    )
+    _set_statistics(layers, new)
+    return loss, grads
+
+
+def _layers(model: nnx.Module) -> dict[str, BatchNorm]:
+    """The layers of this module in a model, by their path."""
+    return {
+        "/".join(map(str, path)) or "the layer": module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, BatchNorm)
+    }
+
+
+def _gather(
+    layers: Mapping[str, BatchNorm],
+    stats: Mapping[str, Any],
+    run: Callable[[Any, Any], Any],
+    model: nnx.Module,
+    batch: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """What run(model, batch) returns, and what becomes of the layers' statistics."""
     try:
-        for name, empty in start_population(old).items():
-            setattr(layers[name], POPULATION, nnx.BatchStat(empty))
-        for batch in batches:
-            run(model, batch)
-        gathered = {
-            name: getattr(layer, POPULATION).get_value()
+        for name, layer in layers.items():
+            setattr(layer, GATHERING, nnx.BatchStat(stats[name]))
+        result = run(model, batch)
+        return result, {
+            name: getattr(layer, GATHERING).get_value()
             for name, layer in layers.items()
         }
     finally:
         for layer in layers.values():
-            if hasattr(layer, POPULATION):
-                delattr(layer, POPULATION)
-    if not keep_unseen:
-        check_seen(gathered)
-    new = finish_population(gathered, old, pooled=pooled)
+            if hasattr(layer, GATHERING):
+                delattr(layer, GATHERING)
+
+
+def _set_statistics(
+    layers: Mapping[str, BatchNorm], stats: Mapping[str, BatchStats]
+) -> None:
     for name, layer in layers.items():
-        layer.mean[...], layer.var[...] = new[name]
+        layer.mean[...] = stats[name].mean
+        layer.var[...] = stats[name].var

@@ -1,61 +1,56 @@
 """Population statistics: Algorithm 2's averages over many batches, one at a time."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
-from bn_jax import collectives
+from bn_jax import collectives, gathering
 from bn_jax.collectives import AxisName
+from bn_jax.gathering import Tree
 from bn_jax.moments import Moments, merge_moments
-from bn_jax.passes import nonzero
-from bn_jax.statistics import BatchStats
+from bn_jax.passes import nonzero, statistics_dtype
+from bn_jax.statistics import BatchStats, PopulationMoments
 
-# Beside `mean` and `var` of a layer in Flax's collection `batch_stats`, while batches
-# are gathered.
-POPULATION = "population"
+__all__ = [
+    "PopulationMoments",
+    "check_seen",
+    "finalize",
+    "init",
+    "merge",
+    "population_statistics",
+    "update",
+]
 
-
-class PopulationMoments(NamedTuple):
-    """What the batches so far say about the population, per feature.
-
-    In the place of `BatchStats`, `bn_jax.batch_norm` in training adds its batch's
-    moments to it. All fields are (features), float32 or float64.
-    """
-
-    # The checker minds that the name hides tuple.count.
-    count: jax.Array  # type: ignore[assignment] # values, or their total weight
-    mean: jax.Array  # of all values
-    var: jax.Array  # of all values, biased
-    var_within: jax.Array  # of values about the mean of their own batch, biased
-    num_batches: jax.Array  # batches that had a value
+Batch = TypeVar("Batch")
 
 
-Statistics = TypeVar("Statistics", BatchStats, PopulationMoments)
-
-
-def init_population(
-    num_features: int | Sequence[int], dtype: DTypeLike = jnp.float32
-) -> PopulationMoments:
+def init(stats: Any) -> Any:
     """Before the first batch.
 
     Args:
-      num_features: size of the feature axis, or the sizes of several.
-      dtype: float32, or float64 to match float64 input.
+      stats: a model's statistics: a `BatchStats`, a tree whose layers are such, or
+        Flax's collection `batch_stats`.
+
+    Returns:
+      The tree with an empty `PopulationMoments` in the place of every `BatchStats`, and
+      beside every Flax layer's `mean` and `var`. A model in training takes it as its
+      statistics, and returns it with its batch added.
     """
-    return PopulationMoments(
-        *(jnp.zeros(num_features, dtype) for _ in PopulationMoments._fields)
-    )
+
+    def empty(layer: BatchStats) -> PopulationMoments:
+        # Like the old ones, they may be spread over the devices of several processes.
+        nothing = jnp.zeros_like(layer.mean, statistics_dtype(layer.mean))
+        return PopulationMoments(*[nothing] * len(PopulationMoments._fields))
+
+    return gathering.start(stats, empty)
 
 
-def update_population(
-    population: PopulationMoments, *batches: Moments
-) -> PopulationMoments:
-    """Adds a batch, or several.
+def update(population: PopulationMoments, *batches: Moments) -> PopulationMoments:
+    """Adds a batch of one layer, or several.
 
     Args:
       population: of the batches so far.
@@ -69,46 +64,38 @@ def update_population(
         count, mean, var = (field.astype(population.mean.dtype) for field in batch)
         has_values = (count > 0).astype(count.dtype)
         added.append(PopulationMoments(count, mean, var, var, has_values))
-    return merge_populations(population, *added)
+    return _merge(population, *added)
 
 
-def merge_populations(
-    *parts: PopulationMoments, axis_name: AxisName | None = None
-) -> PopulationMoments:
+def merge(gathered: Tree, *others: Tree, axis_name: AxisName | None = None) -> Tree:
     """The population of all batches, from those that processes or devices have seen.
 
     Args:
-      *parts: populations of one shape each, of disjoint sets of batches.
+      gathered: what some batches were gathered in, of `init`.
+      *others: the same of other batches, with the same layers.
       axis_name: mapped axis or axes whose devices have each seen batches of their own.
         Not for batches whose moments the devices shared already.
 
     Returns:
-      The population of all parts and all devices.
+      The population of all parts and all devices, layer by layer.
 
     Raises:
-      ValueError: no parts, or parts of different shapes.
+      ValueError: layers differ in their shapes.
     """
-    total = merge_moments(*(Moments(p.count, p.mean, p.var) for p in parts))
-    divisor = nonzero(total.count)
-    # Sums of few parts, each by its share: nothing cancels.
-    merged = PopulationMoments(
-        *total,
-        var_within=_sum(p.count / divisor * p.var_within for p in parts),
-        num_batches=_sum(p.num_batches for p in parts),
-    )
-    if axis_name is None:
-        return merged
-    stacked = collectives.gather(jnp.stack(merged), axis_name, None)
-    return merge_populations(*(PopulationMoments(*device) for device in stacked))
+
+    def of_layer(*parts: Any) -> Any:
+        if not _is_population(parts[0]):
+            return parts[0]
+        merged = _merge(*parts)
+        if axis_name is None:
+            return merged
+        stacked = collectives.gather(jnp.stack(merged), axis_name, None)
+        return _merge(*(PopulationMoments(*device) for device in stacked))
+
+    return jax.tree.map(of_layer, gathered, *others, is_leaf=_is_population)
 
 
-def _sum(values: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, values)
-
-
-def finalize_population(
-    population: PopulationMoments, *, pooled: bool = False
-) -> BatchStats:
+def finalize(gathered: Any, stats: Tree, *, pooled: bool = False) -> Tree:
     """Statistics for inference from the batches that were gathered (Algorithm 2).
 
     With m_i values in batch i, of mean mu_i and biased variance v_i, M values and N
@@ -123,89 +110,40 @@ def finalize_population(
     correction, and is taken as 2.
 
     Args:
-      population: of all batches.
+      gathered: `init(stats)` after some batches.
+      stats: the model's old statistics.
       pooled: as if all batches were one: var = M / (M - 1) times the variance of all
         values about their common mean, that between the batch means included.
 
     Returns:
-      Mean and variance, (features) each; NaN where there was no value.
-    """
-    count, mean, var, var_within, num_batches = population
-    lost = jnp.minimum(num_batches, 1) if pooled else num_batches
-    degrees_of_freedom = jnp.maximum(count - lost, count / 2)
-    unbiased = (var if pooled else var_within) * (count / degrees_of_freedom)
-    return BatchStats(jnp.where(count > 0, mean, jnp.nan), unbiased)
-
-
-def start_population(stats: Any) -> Any:
-    """Makes statistics that gather batches, in the structure of a model's own.
-
-    Args:
-      stats: a tree whose layers are `BatchStats`, or mappings with `mean` and `var`
-        as in Flax's collection `batch_stats`.
-
-    Returns:
-      The tree with an empty `PopulationMoments` in the place of every `BatchStats`, and
-      beside every Flax layer's `mean` and `var`. A model in training takes it as its
-      statistics, and returns it with its batch added.
+      The old statistics' tree, shapes and dtypes with every layer's mean and variance
+      those of the population; the old ones where a layer saw no value, and whatever is
+      no layer.
     """
 
-    def start(layer: Any) -> Any:
-        if not _is_layer(layer):
-            return layer
-        mean = _stats_of(layer).mean
-        # Like the old ones, they may be spread over the devices of several processes.
-        empty = PopulationMoments(
-            *(jnp.zeros_like(mean) for _ in PopulationMoments._fields)
-        )
-        if isinstance(layer, BatchStats):
-            return empty
-        return type(layer)({**layer, POPULATION: empty})
-
-    return jax.tree.map(start, stats, is_leaf=_is_layer)
-
-
-def finish_population(gathered: Any, stats: Any, *, pooled: bool = False) -> Any:
-    """Makes a model's statistics of those that have gathered batches.
-
-    Args:
-      gathered: `start_population(stats)` after some batches.
-      stats: the model's old statistics.
-      pooled: see `finalize_population`.
-
-    Returns:
-      The old statistics' tree with every layer's mean and variance those of the
-      population; where a layer saw no value, and for whatever is no layer, the old.
-    """
-
-    def finish(layer: Any, found: Any) -> Any:
-        if not _is_layer(layer):
-            return layer
-        population = _population_of(found)
-        new = finalize_population(population, pooled=pooled)
-        old = _stats_of(layer)
-        seen = population.count > 0
-        kept = BatchStats(
+    def of_layer(old: BatchStats, population: PopulationMoments) -> BatchStats:
+        count, mean, var, var_within, num_batches = population
+        lost = jnp.minimum(num_batches, 1) if pooled else num_batches
+        degrees_of_freedom = nonzero(jnp.maximum(count - lost, count / 2))
+        unbiased = (var if pooled else var_within) * (count / degrees_of_freedom)
+        return BatchStats(
             *(
-                jnp.where(seen, after, _from_host(before)).astype(before.dtype)
-                for after, before in zip(new, old, strict=True)
+                jnp.where(count > 0, after.astype(before.dtype), _from_host(before))
+                for after, before in zip((mean, unbiased), old, strict=True)
             )
         )
-        if isinstance(layer, BatchStats):
-            return kept
-        return type(layer)({**layer, **kept._asdict()})
 
-    return jax.tree.map(finish, stats, gathered, is_leaf=_is_layer)
+    return gathering.finish(stats, gathered, of_layer)
 
 
 def population_statistics(
-    run: Callable[[Any, Any], Any],
-    stats: Any,
-    batches: Iterable[Any],
+    run: Callable[[Tree, Batch], Tree],
+    stats: Tree,
+    batches: Iterable[Batch],
     *,
     pooled: bool = False,
     keep_unseen: bool = False,
-) -> Any:
+) -> Tree:
     """Statistics for inference, re-estimated over batches (Algorithm 2, lines 7 to 10).
 
     All layers' statistics come from one pass over the batches, in which every layer
@@ -219,8 +157,8 @@ def population_statistics(
         devices and processes give the statistics of their batches as one.
       stats: the model's statistics: a tree whose layers are `BatchStats`, or Flax's
         collection `batch_stats` of layers of `bn_jax.linen`.
-      batches: what `run` takes; of any sizes, see `finalize_population`.
-      pooled: as if all batches were one; see `finalize_population`.
+      batches: what `run` takes; of any sizes, see `finalize`.
+      pooled: as if all batches were one; see `finalize`.
       keep_unseen: leave the statistics of layers that saw no batch, such as frozen
         ones, as they are.
 
@@ -231,40 +169,35 @@ def population_statistics(
       ValueError: there is no layer or no batch, `run` returns another structure, or
         layers saw no batch and keep_unseen is False.
     """
-    if jax.tree.leaves(stats) and not _layers(stats):
+    if jax.tree.leaves(stats) and not gathering.layers(stats):
         raise ValueError(
             "stats hold no layer: expected a tree of BatchStats, or Flax's collection "
             f"batch_stats, got {jax.tree.structure(stats)}."
         )
-    gathered = start_population(stats)
+    gathered: Tree = init(stats)
     for batch in batches:
         found = run(gathered, batch)
-        expected, got = (str(jax.tree.structure(tree)) for tree in (gathered, found))
-        if got != expected:
-            raise ValueError(
-                "run must return the statistics in the structure in which it got them, "
-                f"{expected}, got {got}; with Flax, return updated['batch_stats']."
-            )
+        gathering.check_returned(found, gathered, "run")
         gathered = found
     if not keep_unseen:
         check_seen(gathered)
-    return finish_population(gathered, stats, pooled=pooled)
+    return finalize(gathered, stats, pooled=pooled)
 
 
 def check_seen(gathered: Any) -> None:
     """Every layer has seen a value, where that is known.
 
     Args:
-      gathered: `start_population(stats)` after some batches.
+      gathered: `init(stats)` after some batches.
 
     Raises:
       ValueError: some layers have not; the message names them.
     """
-    counts = {path: _population_of(of).count for path, of in _layers(gathered).items()}
     unseen = [
-        path
-        for path, count in counts.items()
-        if not isinstance(count, jax.core.Tracer) and not np.any(count)
+        layer.path
+        for layer in gathering.layers(gathered)
+        if not isinstance(layer.gathered.count, jax.core.Tracer)
+        and not np.any(layer.gathered.count)
     ]
     if unseen:
         raise ValueError(
@@ -274,38 +207,23 @@ def check_seen(gathered: Any) -> None:
         )
 
 
+def _merge(*parts: PopulationMoments) -> PopulationMoments:
+    total = merge_moments(*(Moments(p.count, p.mean, p.var) for p in parts))
+    divisor = nonzero(total.count)
+    # Sums of few parts, each by its share: nothing cancels.
+    within = [p.count / divisor * p.var_within for p in parts]
+    return PopulationMoments(
+        *total,
+        var_within=functools.reduce(jnp.add, within),
+        num_batches=functools.reduce(jnp.add, [p.num_batches for p in parts]),
+    )
+
+
 def _from_host(value: jax.Array) -> jax.Array | np.ndarray:
     # Of several processes, `jax.pmap` leaves its results on each one's own devices,
     # and statistics from a checkpoint are on all.
     return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
-def _layers(tree: Any) -> dict[str, Any]:
-    """The layers of a tree of statistics, gathering or not, by their path."""
-
-    def is_layer(node: Any) -> bool:
-        return isinstance(node, PopulationMoments) or _is_layer(node)
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "the layer": leaf
-        for path, leaf in leaves
-        if is_layer(leaf)
-    }
-
-
-def _is_layer(node: Any) -> bool:
-    if isinstance(node, Mapping):
-        fields = [node.get(name) for name in BatchStats._fields]
-        return not any(field is None or isinstance(field, Mapping) for field in fields)
-    return isinstance(node, BatchStats)
-
-
-def _stats_of(layer: Any) -> BatchStats:
-    if isinstance(layer, BatchStats):
-        return layer
-    return BatchStats(*(layer[name] for name in BatchStats._fields))
-
-
-def _population_of(layer: Any) -> PopulationMoments:
-    return layer if isinstance(layer, PopulationMoments) else layer[POPULATION]
+def _is_population(node: Any) -> bool:
+    return isinstance(node, PopulationMoments)

@@ -89,7 +89,7 @@ def batch_renorm(
         stats,
         x,
         train=train,
-        gathering=False,
+        gathering=(),
         axis=axis,
         decay=decay,
         eps=eps,

@@ -1,11 +1,11 @@
-"""Batch statistics: the state of batch normalisation, and its moving average."""
+"""Statistics of a layer: the moving average, and those that gather batches instead."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from bn_jax.moments import Moments
 from bn_jax.passes import saturated
@@ -16,6 +16,41 @@ class BatchStats(NamedTuple):
 
     mean: jax.Array  # (features), float32 or float64
     var: jax.Array  # (features), same dtype
+
+
+class PopulationMoments(NamedTuple):
+    """What the batches so far say about the population, per feature.
+
+    In the place of `BatchStats`, `bn_jax.batch_norm` in training adds its batch's
+    moments to it. All fields are (features), float32 or float64.
+    """
+
+    # The checker minds that the name hides tuple.count.
+    count: jax.Array  # type: ignore[assignment] # values, or their total weight
+    mean: jax.Array  # of all values
+    var: jax.Array  # of all values, biased
+    var_within: jax.Array  # of values about the mean of their own batch, biased
+    num_batches: jax.Array  # batches that had a value
+
+
+class MicroBatchStats(NamedTuple):
+    """A layer's statistics while it trains on one part of a larger batch.
+
+    In the place of `BatchStats`, `bn_jax.batch_norm` in training normalises by the
+    moments of the whole batch, and returns what the part contributes to them.
+    """
+
+    mean: jax.Array  # as of `BatchStats`: the old one, then moved by the whole batch
+    var: jax.Array
+    whole: Moments  # of the whole batch; gradients flow into mean and variance
+    part: Moments  # of the micro-batch, on all devices that share it; 0 before the call
+    # What the micro-batch, on this device, adds to the whole batch's mean and variance:
+    # of use by its derivatives alone. 0 before the call.
+    influence: Moments
+
+
+AnyStats = BatchStats | PopulationMoments | MicroBatchStats
+Statistics = TypeVar("Statistics", BatchStats, PopulationMoments, MicroBatchStats)
 
 
 def init_stats(
@@ -33,7 +68,7 @@ def init_stats(
 
 
 def update_stats(
-    stats: BatchStats, batch: Moments, *, decay: float | jax.Array, unbiased: bool
+    stats: BatchStats, batch: Moments, *, decay: ArrayLike, unbiased: bool
 ) -> BatchStats:
     """Moves statistics towards those of one batch: decay * old + (1 - decay) * batch.
 

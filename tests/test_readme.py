@@ -45,8 +45,8 @@ def test_beyond_one_batch():
     def run(stats: Any, x: jax.Array) -> Any:
         return bn_jax.batch_norm(params, stats, x, train=True)[1]
 
-    def loss_function(batch_norm: Any, params: Any, stats: Any, x: jax.Array) -> Any:
-        y, stats = batch_norm(params, stats, x)
+    def loss_function(params: Any, stats: Any, x: jax.Array) -> Any:
+        y, stats = bn_jax.batch_norm(params, stats, x, train=True)
         return jnp.sum(y**3), stats
 
     names = {

@@ -97,8 +97,8 @@ def population_statistics(
         return map_networks(add_batch, models, gathering, batch.inputs), None
 
     old = {name: states[name].batch_stats for name in models}
-    gathered, _ = jax.lax.scan(add, bn_jax.start_population(old), indices)
-    statistics = bn_jax.finish_population(gathered, old)
+    gathered, _ = jax.lax.scan(add, bn_jax.population.init(old), indices)
+    statistics = bn_jax.population.finalize(gathered, old)
     if average_statistics:
         return jax.lax.pmean(statistics, DEVICE_AXIS)
     return statistics
@@ -109,7 +109,7 @@ def add_batch(model: nn.Module, state: TrainState, inputs: jax.Array) -> Any:
 
     Args:
       model: the network.
-      state: of the network, with the statistics of `bn_jax.start_population`.
+      state: of the network, with the statistics of `bn_jax.population.init`.
       inputs: (examples, ...), this device's share.
 
     Returns:

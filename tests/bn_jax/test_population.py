@@ -21,19 +21,13 @@ import bn_jax.nnx
 from bn_jax import (
     BatchStats,
     Moments,
-    PopulationMoments,
     batch_norm,
-    finalize_population,
-    finish_population,
     init_params,
-    init_population,
     init_stats,
-    merge_populations,
     moments,
     population_statistics,
-    start_population,
-    update_population,
 )
+from bn_jax.population import PopulationMoments, finalize, init, merge, update
 from tests.bn_jax.reference import assert_close
 from tests.bn_jax.sharing import device_mesh
 
@@ -41,10 +35,15 @@ RANDOM = np.random.default_rng(0)
 
 
 def gather(batches, weights=None):
-    population = init_population(batches[0].shape[-1])
+    population = init(init_stats(batches[0].shape[-1]))
     for batch, own in zip(batches, weights or [None] * len(batches), strict=True):
-        population = update_population(population, moments(batch, weights=own))
+        population = update(population, moments(batch, weights=own))
     return population
+
+
+def estimate(population, **options):
+    stats = init_stats(population.mean.shape, population.mean.dtype)
+    return finalize(population, stats, **options)
 
 
 def assert_stats(found, mean, var, tolerance=1e-6):
@@ -55,7 +54,7 @@ def assert_stats(found, mean, var, tolerance=1e-6):
 def test_batches_of_one_size_are_algorithm_2():
     x = RANDOM.normal(2, 3, (20, 12, 5))
     batches = list(x.astype(np.float32))
-    found = finalize_population(gather(batches))
+    found = estimate(gather(batches))
     x = np.float64(batches)
     m = 12
     assert_stats(found, x.mean(1).mean(0), m / (m - 1) * x.var(1).mean(0))
@@ -67,7 +66,7 @@ def test_pooled_is_as_if_all_batches_were_one():
         for i, size in enumerate((3, 20, 7))
     ]
     rows = np.concatenate([np.float64(batch) for batch in batches])
-    found = finalize_population(gather(batches), pooled=True)
+    found = estimate(gather(batches), pooled=True)
     assert_stats(found, rows.mean(0), rows.var(0, ddof=1))
 
 
@@ -83,10 +82,8 @@ def test_weighted_batches_of_uneven_sizes_are_exact():
     population = gather(batches, weights)
     every = np.concatenate(rows)
     squares = sum(((of - of.mean(0)) ** 2).sum(0) for of in rows)
-    assert_stats(
-        finalize_population(population), every.mean(0), squares / (len(every) - 4)
-    )
-    pooled = finalize_population(population, pooled=True)
+    assert_stats(estimate(population), every.mean(0), squares / (len(every) - 4))
+    pooled = estimate(population, pooled=True)
     assert_stats(pooled, every.mean(0), every.var(0, ddof=1))
 
 
@@ -96,11 +93,11 @@ def test_estimates_of_uneven_batches_are_unbiased(pooled):
     values = np.array([0.0, 1.0, 5.0])
     draws = np.array(list(itertools.product(values, repeat=6)), np.float32)
 
-    def estimate(draw):
+    def of_draw(draw):
         batches = (draw[:2, None], draw[2:5, None], draw[5:, None])
-        return finalize_population(gather(batches), pooled=pooled)
+        return estimate(gather(batches), pooled=pooled)
 
-    found = jax.jit(jax.vmap(estimate))(draws)
+    found = jax.jit(jax.vmap(of_draw))(draws)
     assert_close(found.mean.mean(), values.mean(), 1e-6)
     assert_close(found.var.mean(), values.var(), 1e-5)
 
@@ -111,18 +108,18 @@ def test_many_batches_far_from_zero_lose_nothing():
     @jax.jit
     def run(batches):
         def add(population, batch):
-            return update_population(population, moments(batch)), None
+            return update(population, moments(batch)), None
 
-        return jax.lax.scan(add, init_population(2), batches)[0]
+        return jax.lax.scan(add, init(init_stats(2)), batches)[0]
 
     population = run(batches)
     exact = np.float64(batches)
     within = 16 / 15 * exact.var(1).mean(0)
-    found = finalize_population(population)
+    found = estimate(population)
     # The mean itself is rounded to 6e-8 of 1e3 in every update.
     np.testing.assert_allclose(found.mean, exact.mean((0, 1)), atol=2e-3)
     np.testing.assert_allclose(found.var, within, rtol=1e-5)
-    pooled = finalize_population(population, pooled=True)
+    pooled = estimate(population, pooled=True)
     np.testing.assert_allclose(
         pooled.var, exact.reshape(-1, 2).var(0, ddof=1), rtol=1e-5
     )
@@ -137,10 +134,10 @@ def test_merging_parts_is_gathering_all():
     ]
     parts = (gather(batches[:2]), gather(batches[2:3]), gather(batches[3:]))
     whole = gather(batches)
-    for found, expected in zip(merge_populations(*parts), whole, strict=True):
+    for found, expected in zip(merge(*parts), whole, strict=True):
         assert_close(found, expected, 1e-6)
     with pytest.raises(ValueError, match="one shape"):
-        merge_populations(init_population(2), init_population(3))
+        merge(init(init_stats(2)), init(init_stats(3)))
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
@@ -148,10 +145,10 @@ def test_devices_with_batches_of_their_own_merge(mode):
     x = RANDOM.normal(size=(8, 3, 6, 4)).astype(np.float32)
 
     def per_device(x):
-        population = init_population(4)
+        population = init(init_stats(4))
         for batch in x:
-            population = update_population(population, moments(batch))
-        return merge_populations(population, axis_name="a")
+            population = update(population, moments(batch))
+        return merge(population, axis_name="a")
 
     if mode == "pmap":
         found = jax.pmap(per_device, axis_name="a", out_axes=None)(x)
@@ -172,24 +169,57 @@ def test_devices_with_batches_of_their_own_merge(mode):
 def test_batches_without_values_do_not_count():
     nothing = Moments(*jnp.zeros((3, 2)))
     x = RANDOM.normal(size=(6, 2)).astype(np.float32)
-    population = update_population(init_population(2), nothing)
-    population = update_population(population, moments(x))
-    population = update_population(population, nothing)
+    population = update(init(init_stats(2)), nothing)
+    population = update(population, moments(x))
+    population = update(population, nothing)
     np.testing.assert_array_equal(population.num_batches, [1, 1])
-    found = finalize_population(population)
+    found = estimate(population)
     assert_stats(found, x.mean(0), x.var(0, ddof=1))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_no_value_is_no_estimate(pooled):
-    found = finalize_population(init_population(2), pooled=pooled)
-    assert np.all(np.isnan(found))
+def test_what_saw_no_value_keeps_its_statistics_without_a_nan(pooled, compiled):
+    old = BatchStats(np.float32([1, 2]), np.float32([3, 4]))
+    nothing = {
+        "no batch": lambda gathered: gathered,
+        "empty": lambda gathered: update(gathered, moments(jnp.zeros((0, 2)))),
+        "padding": lambda gathered: update(
+            gathered, moments(jnp.ones((3, 2)), weights=jnp.zeros((3, 1)))
+        ),
+        "merged": lambda gathered: merge(gathered, gathered),
+    }
+
+    def run(stats):
+        gathered = init(stats)
+        gathered = {name: see(gathered[name]) for name, see in nothing.items()}
+        return finalize(gathered, stats, pooled=pooled)
+
+    with jax.debug_nans(True), jax.debug_infs(True):
+        found = (jax.jit(run) if compiled else run)(dict.fromkeys(nothing, old))
+    for name, stats in found.items():
+        np.testing.assert_array_equal(stats, old, name)
+
+
+def test_statistics_beside_frozen_ones_without_a_nan():
+    stats = {"live": init_stats(3), "frozen": init_stats(3)}
+
+    def run(stats, x):
+        _, live = batch_norm(init_params(3), stats["live"], x, train=True)
+        return stats | {"live": live}
+
+    x = RANDOM.normal(size=(8, 3)).astype(np.float32)
+    with jax.debug_nans(True):
+        for each in (run, jax.jit(run)):
+            found = population_statistics(each, stats, [x], keep_unseen=True)
+            assert_stats(found["live"], x.mean(0), x.var(0, ddof=1))
+            np.testing.assert_array_equal(found["frozen"], stats["frozen"])
 
 
 def test_a_total_weight_below_2_is_taken_as_2():
     # As the moving average takes it.
     x, weights = np.float32([[1], [4]]), np.full((2, 1), 0.25, np.float32)
-    found = finalize_population(gather([x], [weights]))
+    found = estimate(gather([x], [weights]))
     params, stats = init_params(1), init_stats(1)
     _, moved = batch_norm(params, stats, x, train=True, decay=0.0, weights=weights)
     assert_stats(found, moved.mean, moved.var)
@@ -203,7 +233,7 @@ def test_batch_norm_gathers_without_decay_or_gradient():
         return jnp.sum(y**3) + sum(field.sum() for field in population), population
 
     grads, population = jax.grad(step, argnums=(0, 2), has_aux=True)(
-        params, init_population(3), x
+        params, init(init_stats(3)), x
     )
     _, population = step(params, population, 2 * x)
     both = gather([x, 2 * x])
@@ -222,7 +252,7 @@ def test_batch_norm_gathers_without_decay_or_gradient():
 
 def test_no_gradient_flows_into_a_population():
     def total(x):
-        population = update_population(init_population(3), moments(x))
+        population = update(init(init_stats(3)), moments(x))
         return sum(field.sum() for field in population)
 
     x = RANDOM.normal(size=(8, 3)).astype(np.float32)
@@ -231,17 +261,17 @@ def test_no_gradient_flows_into_a_population():
 
 def test_gathering_statistics_are_not_for_inference():
     x = np.ones((4, 3), np.float32)
-    with pytest.raises(TypeError, match="finalize_population"):
-        batch_norm(init_params(3), init_population(3), x, train=False)
-    with pytest.raises(TypeError, match="finalize_population"):
-        bn_jax.inference_affine(init_params(3), init_population(3), eps=1e-3)
+    with pytest.raises(TypeError, match=r"population\.finalize"):
+        batch_norm(init_params(3), init(init_stats(3)), x, train=False)
+    with pytest.raises(TypeError, match=r"population\.finalize"):
+        bn_jax.inference_affine(init_params(3), init(init_stats(3)), eps=1e-3)
 
 
 @pytest.mark.usefixtures("x64")
 def test_float64_is_kept():
     x = RANDOM.normal(1e6, 1, (50, 2))
-    population = update_population(init_population(2, jnp.float64), moments(x))
-    found = finalize_population(population)
+    population = update(init(init_stats(2, jnp.float64)), moments(x))
+    found = estimate(population)
     assert found.var.dtype == jnp.float64
     np.testing.assert_allclose(found.var, x.var(0, ddof=1), rtol=1e-12)
 
@@ -310,8 +340,8 @@ def test_functional_network_in_one_compiled_scan():
         def add(gathered, x):
             return network(PARAMS, gathered, x)[1], None
 
-        gathered, _ = jax.lax.scan(add, start_population(stats), batches)
-        return finish_population(gathered, stats)
+        gathered, _ = jax.lax.scan(add, init(stats), batches)
+        return finalize(gathered, stats)
 
     assert_as_expected(estimate(STATS, BATCHES))
     traced = jax.jit(
@@ -517,7 +547,7 @@ class NnxNetwork(nnx.Module):
 
 def nnx_statistics(model):
     return {
-        name: layer.statistics()
+        name: layer._statistics()
         for name, layer in zip(STATS, model.layers[1::2], strict=True)
     }
 
@@ -568,10 +598,40 @@ def test_nnx_network_in_the_wrong_mode_is_left_as_it_was():
         )
 
 
-def test_a_population_is_a_tree_of_arrays_per_feature():
-    population = init_population((2, 3))
-    assert isinstance(population, PopulationMoments)
-    assert {leaf.shape for leaf in jax.tree.leaves(population)} == {(2, 3)}
+def test_trees_of_layers_of_every_kind():
+    stats = {
+        "functional": init_stats((2, 3)),
+        "flax": {"layer": {"mean": jnp.ones(4), "var": jnp.ones(4), "other": 5}},
+        "no layer": {"mean": {"var": 3}},
+    }
+    gathered = init(stats)
+    assert isinstance(gathered["functional"], PopulationMoments)
+    assert {leaf.shape for leaf in gathered["functional"]} == {(2, 3)}
+    assert gathered["no layer"] == stats["no layer"]
+    x = RANDOM.normal(size=(8, 4)).astype(np.float32)
+    layer = gathered["flax"]["layer"]
+    layer["gathering"] = update(layer["gathering"], moments(x))
+    found = finalize(merge(gathered, gathered), stats)
+    assert jax.tree.structure(found) == jax.tree.structure(stats)
+    assert_stats(
+        BatchStats(*list(found["flax"]["layer"].values())[:2]),
+        x.mean(0),
+        x.var(0, ddof=1),
+    )
+    assert found["flax"]["layer"]["other"] == 5
+    np.testing.assert_array_equal(found["functional"], stats["functional"])
+
+
+def test_statistics_of_16_bits_are_gathered_in_32():
+    # A count of 257 is none of bfloat16.
+    stats = {"mean": jnp.zeros(2, jnp.bfloat16), "var": jnp.ones(2, jnp.bfloat16)}
+    gathered = init(stats)
+    for _ in range(257):
+        part = update(gathered["gathering"], moments(jnp.eye(1, 2)))
+        gathered["gathering"] = part
+    np.testing.assert_array_equal(part.count, [257, 257])
+    found = finalize(gathered, stats)
+    assert {leaf.dtype for leaf in found.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_two_processes_that_share_moments_are_one():
