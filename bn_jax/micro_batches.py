@@ -14,6 +14,7 @@ from bn_jax.layout import Layout
 from bn_jax.moments import Moments, moments
 from bn_jax.params import BatchNormParams
 from bn_jax.passes import nonzero
+from bn_jax.sharding import divided_like
 from bn_jax.statistics import (
     BatchStats,
     MicroBatchStats,
@@ -61,8 +62,11 @@ def micro_batch_norm(
     moved = update_stats(old, batch, decay=decay, unbiased=options.unbiased)
     influence = _influence(call.layout, x, weights, at)
     new = MicroBatchStats(*moved, stats.whole, part, influence)
-    new = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), new, stats)
-    return infer(by_whole), new
+
+    def as_before(leaf: jax.Array, like: jax.Array) -> jax.Array:
+        return divided_like(leaf.astype(like.dtype), like)
+
+    return infer(by_whole), jax.tree.map(as_before, new, stats)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -58,6 +58,15 @@ def spec_along(x: jax.Array, axes: Sequence[int]) -> PartitionSpec:
     return PartitionSpec(*(spec[axis] for axis in axes))
 
 
+def divided_like(value: jax.Array, like: jax.Array) -> jax.Array:
+    """The value, divided as another array is, in a mesh of explicit axes."""
+    sharding = jax.typeof(like).sharding
+    if not _explicit_axes(sharding.mesh) or jax.typeof(value).sharding == sharding:
+        return value
+    result: jax.Array = jax.sharding.reshard(value, sharding)
+    return result
+
+
 def _explicit_axes(mesh: Any) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)

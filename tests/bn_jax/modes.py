@@ -16,7 +16,7 @@ from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
-from bn_jax import BatchNormParams, BatchStats
+from bn_jax import BatchNormParams, BatchStats, collectives
 from tests.bn_jax.reference import enable_x64
 
 FEATURES, BATCH, DEVICES = 4, 16, 4
@@ -107,6 +107,30 @@ def fold(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
     return Outputs(y + jnp.expand_dims(bias, (0, 1)))
 
 
+def accumulate(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
+    def loss(
+        params: BatchNormParams, stats: Any, batch: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        y, stats = bn_jax.batch_norm(
+            params, stats, batch, train=True, axis_name=axis_name
+        )
+        return jnp.sum(jnp.sin(y)), stats
+
+    # One copy a device where `jax.shard_map` knows it: gradients are each one's part.
+    params = jax.tree.map(
+        lambda param: collectives.vary_over(
+            jnp.asarray(param), collectives.varying_axes(x)
+        ),
+        PARAMS,
+    )
+    (_, stats), grads = bn_jax.accumulate_gradients(
+        loss, params, STATS, jnp.stack([x, x + 1])
+    )
+    if axis_name is not None:
+        grads = jax.lax.psum(grads, axis_name)
+    return Outputs(features=(stats, grads))
+
+
 FUNCTIONS: dict[str, Function] = {
     "`batch_norm`, training": train,
     "its gradient": gradient,
@@ -115,6 +139,7 @@ FUNCTIONS: dict[str, Function] = {
     "`ghost_batch_norm`": ghost,
     "`moments`": moments,
     "`population_statistics`": population,
+    "`accumulate_gradients`": accumulate,
     "`fold_dense`": fold,
 }
 

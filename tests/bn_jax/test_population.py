@@ -284,7 +284,7 @@ def network(params, stats, x, axis_name=None):
     for name, layer in params.items():
         x = x @ layer["kernel"]
         x, new[name] = batch_norm(
-            layer["norm"], stats[name], x, train=True, axis_name=axis_name
+            layer["norm"], stats[name], x, train=True, eps=1e-3, axis_name=axis_name
         )
         x = jnp.tanh(x)
     return x, new
