@@ -44,6 +44,9 @@ class Form(NamedTuple):
 
     `expects_mean`: deviations are taken from the mean that is expected, if that turns
     out to be near, so that the moments' sums need nothing of x but x.
+
+    `unit` is what deviations from the mean are multiplied by, a power of two: 0.5 keeps
+    them from overflowing.
     """
 
     sums: Callable[..., list[jax.Array]]
@@ -51,6 +54,7 @@ class Form(NamedTuple):
     hide: Callable[[jax.Array], jax.Array]
     sample: Callable[[Layout, jax.Array], jax.Array]
     expects_mean: bool
+    unit: float
 
 
 def run(one_pass: Callable[..., Result], *operands: Any) -> Result:
@@ -187,6 +191,7 @@ CPU = Form(
     hide=_unchanged,
     sample=_first_examples,
     expects_mean=False,
+    unit=0.5,
 )
 
 # XLA fuses plain sums, too, but ends each in a kernel of its own. What several passes
@@ -199,15 +204,17 @@ GPU = Form(
     hide=_barrier,
     sample=functools.partial(_strided, 32),
     expects_mean=False,
+    unit=0.5,
 )
 
 # XLA fuses everything into the convolutions around it, and best what is plain. But a
 # sum that needs a shift taken from x itself cannot be fused into the convolution that
-# computes x.
+# computes x. A multiplication is an instruction of its own.
 TPU = Form(
     sums=_plain_sums,
     hoist=_unchanged,
     hide=_unchanged,
     sample=functools.partial(_strided, 8),
     expects_mean=True,
+    unit=1.0,
 )

@@ -11,8 +11,8 @@ name are the same everywhere:
   table: as `z_table` makes it of per-feature arrays, in the statistics' dtype.
 
 A deviation from a mean does not overflow, however large finite values of x are: it is
-computed halved or smaller. That is exact, and takes no instruction more, since
-x * 0.5 - c is one.
+computed in the form's unit, halved or smaller. That is exact, and takes no instruction
+more where x * 0.5 - c is one.
 """
 
 import math
@@ -91,18 +91,20 @@ def moments_pass(
     the sample may all be 0, it is that of all values.
     """
     total = total_weight(layout, x, weights)
-    if form.expects_mean and expected_mean is not None:
-        expected_mean = expected_mean.astype(total.dtype)
-        mean, var, near = _moments_about(expected_mean, form, layout, x, weights, total)
-        # Of no values there is no mean, whatever was expected.
-        mean = jnp.where(total == 0, 0, mean)
-        # The other branch is computed only if some feature needs it.
-        return lax.cond(
-            jnp.all(near),
-            lambda: (mean, var),
-            lambda: _moments_about_sample(form, layout, x, weights, total),
-        )
-    return _moments_about_sample(form, layout, x, weights, total)
+    if not form.expects_mean or expected_mean is None:
+        return _moments_about_sample(form, layout, x, weights, total)
+    expected_mean = expected_mean.astype(total.dtype)
+    if x.dtype == jnp.bfloat16:
+        return _moments_about_the_nearer(expected_mean, form, layout, x, weights, total)
+    mean, var, near = _moments_about(expected_mean, form, layout, x, weights, total)
+    # Of no values there is no mean, whatever was expected.
+    mean = jnp.where(total == 0, 0, mean)
+    # The other branch is computed only if some feature needs it.
+    return lax.cond(
+        jnp.all(near),
+        lambda: (mean, var),
+        lambda: _moments_about_sample(form, layout, x, weights, total),
+    )
 
 
 def _moments_about_sample(
@@ -156,6 +158,40 @@ def _moments_about(
     return shift + correction / scale, var, near
 
 
+def _moments_about_the_nearer(
+    expected_mean: jax.Array,
+    form: Form,
+    layout: Layout,
+    x: jax.Array,
+    weights: jax.Array | None,
+    total: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance from deviations from an expected mean, or from 0.
+
+    For bfloat16, without the condition, for whose sake XLA's TPU compiler would change
+    the layout of x. About 0, a mean of k standard deviations cancels to some
+    k^2 * 2^-24 of the variance; the rounding of x itself to 8 bits has already moved
+    that by some k^2 * 2^-18.
+    """
+    scale = _sum_scale(layout)
+    expected = jnp.where(jnp.isfinite(expected_mean), expected_mean, 0) * scale
+    from_zero = _unmasked(x, weights) * scale
+    deviation = from_zero - layout.expand(expected)
+    values = [deviation, deviation * deviation, from_zero, from_zero * from_zero]
+    if weights is not None:
+        values = [weights * value for value in values]
+    sums = form.sums(layout, *values)
+    # In units of 1 / scale.
+    correction, square, mean, square_about_zero = (v / nonzero(total) for v in sums)
+    nearer = jnp.abs(correction) <= jnp.abs(mean)
+    square = jnp.where(nearer, square, square_about_zero)
+    cancelled = jnp.square(jnp.where(nearer, correction, mean))
+    mean = jnp.where(nearer & (total != 0), correction + expected, mean)
+    # Infinity minus infinity would be NaN.
+    remaining = square - jnp.where(jnp.isfinite(square), cancelled, 0)
+    return mean / scale, saturated(jnp.maximum(remaining, 0) / scale / scale)
+
+
 def _sum_scale(layout: Layout) -> float:
     """A power of two that keeps the sum of so many deviations from overflowing."""
     known = isinstance(layout.num_positions, int)
@@ -173,27 +209,39 @@ def z_table(mean: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
 
     With it z = (x - mean) * slope + shift is what the activation is applied to.
     """
-    return jnp.stack([mean * 0.5, slope * 2, shift])
+    return jnp.stack([mean, slope, shift])
+
+
+def _hoisted(form: Form, table: jax.Array) -> jax.Array:
+    """The table for deviations in the form's unit."""
+    if form.unit != 1:
+        unit = jnp.array([[form.unit], [1 / form.unit], [1]], table.dtype)
+        table = table * unit.reshape(3, *(1,) * (table.ndim - 1))
+    return form.hoist(table)
 
 
 class _Deviations(NamedTuple):
-    """What a pass computes of x and a table, for every position."""
+    """What a pass computes of x and a hoisted table, for every position."""
 
-    half: jax.Array  # (x - mean) / 2, and 0 for padding
+    from_mean: jax.Array  # (x - mean) * unit, and 0 for padding
     scaled: jax.Array  # (x - mean) * slope
     shift: jax.Array  # broadcastable to them
 
 
 def _deviations(
-    layout: Layout, x: jax.Array, weights: jax.Array | None, table: jax.Array
+    form: Form,
+    layout: Layout,
+    x: jax.Array,
+    weights: jax.Array | None,
+    table: jax.Array,
 ) -> _Deviations:
-    half_mean, twice_slope, shift = (layout.expand(row) for row in table)
+    mean, slope, shift = (layout.expand(row) for row in table)
     # Centred before anything else is done to it: x * slope alone rounds away the
     # difference from the mean when the mean is large.
-    half = x.astype(table.dtype) * 0.5 - half_mean
+    from_mean = x.astype(table.dtype) * form.unit - mean
     if weights is not None:
-        half = jnp.where(weights == 0, 0, half)
-    return _Deviations(half, half * twice_slope, shift)
+        from_mean = jnp.where(weights == 0, 0, from_mean)
+    return _Deviations(from_mean, from_mean * slope, shift)
 
 
 def normalise_pass(
@@ -205,7 +253,7 @@ def normalise_pass(
     table: jax.Array,
 ) -> jax.Array:
     """The output activation(z), like x; 0 where the weight is 0."""
-    _, scaled, shift = _deviations(layout, x, None, form.hoist(table))
+    _, scaled, shift = _deviations(form, layout, x, None, _hoisted(form, table))
     y = activation.apply(scaled + shift)
     if weights is not None:
         y = jnp.where(weights == 0, 0, y)
@@ -231,14 +279,15 @@ class _Gate(NamedTuple):
         return g if self.passes is None else jnp.where(self.passes, g, 0)
 
 
-def _half_and_gate(
+def _deviation_and_gate(
+    form: Form,
     layout: Layout,
     activation: Activation,
     x: jax.Array,
     weights: jax.Array | None,
     table: jax.Array,
 ) -> tuple[jax.Array, _Gate]:
-    half, scaled, shift = _deviations(layout, x, weights, table)
+    from_mean, scaled, shift = _deviations(form, layout, x, weights, table)
     passes = slope = None
     if activation.passes is not None:
         passes = activation.passes(scaled, shift)
@@ -247,7 +296,7 @@ def _half_and_gate(
     if weights is not None:
         counts = jnp.broadcast_to(weights != 0, x.shape)
         passes = counts if passes is None else passes & counts
-    return half, _Gate(passes, slope)
+    return from_mean, _Gate(passes, slope)
 
 
 def gradient_sums_pass(
@@ -265,12 +314,14 @@ def gradient_sums_pass(
     """
     dy = dy.astype(table.dtype)
     # Each sum computes what it needs again, so that no mask is stored.
-    first = form.hide(form.hoist(table))
-    _, gate = _half_and_gate(layout, activation, x, weights, first)
+    first = form.hide(_hoisted(form, table))
+    _, gate = _deviation_and_gate(form, layout, activation, x, weights, first)
     second = form.hide(first)
-    half, gate_again = _half_and_gate(layout, activation, x, weights, second)
-    g_sum, product_sum = form.sums(layout, gate(dy), gate_again(dy) * half)
-    return g_sum, product_sum * 2, second
+    from_mean, gate_again = _deviation_and_gate(
+        form, layout, activation, x, weights, second
+    )
+    g_sum, product_sum = form.sums(layout, gate(dy), gate_again(dy) * from_mean)
+    return g_sum, product_sum / form.unit, second
 
 
 def input_gradient_pass(
@@ -293,11 +344,13 @@ def input_gradient_pass(
     """
     dy = dy.astype(table.dtype)
     table = form.hide(table)
-    half, gate = _half_and_gate(layout, activation, x, weights, table)
+    from_mean, gate = _deviation_and_gate(form, layout, activation, x, weights, table)
+    unit = form.unit
     direct, through_var, through_mean = form.hoist(
-        jnp.stack([table[1] * 0.5, moments_slope * 2, moments_shift])
+        jnp.stack([table[1] * unit, moments_slope / unit, moments_shift])
     )
-    through_moments = half * layout.expand(through_var) + layout.expand(through_mean)
+    through_moments = from_mean * layout.expand(through_var)
+    through_moments += layout.expand(through_mean)
     if weights is not None:
         through_moments = weights * through_moments
     dx = layout.expand(direct) * gate.times_slope(dy) - through_moments
@@ -325,7 +378,8 @@ def weights_gradient_pass(
     0 where the weight is 0: what padding holds is not known. With `xhat_table`, z is
     xhat.
     """
-    _, xhat, _ = _deviations(layout, x, weights, form.hoist(xhat_table))
+    table = _hoisted(form, xhat_table)
+    _, xhat, _ = _deviations(form, layout, x, weights, table)
     through_var = (jnp.square(xhat) - layout.expand(var_share)) / 2
     dw = layout.expand(g_mean) * xhat + layout.expand(product_mean) * through_var
     dw = jnp.where(weights == 0, 0, -dw)

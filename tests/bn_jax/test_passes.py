@@ -193,3 +193,32 @@ def test_a_nan_in_x_is_in_its_features_moments_alone():
     x[7, 1] = np.nan
     for moment in about(np.zeros(3), x):
         np.testing.assert_array_equal(np.isnan(moment), [False, True, False])
+
+
+@pytest.mark.parametrize("mean", [0, 3, 50])
+@pytest.mark.parametrize("expected", [0, 1, 3, 51, 1e4, -1e6, np.nan, np.inf])
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_bfloat16_about_an_expected_mean_or_0(mean, expected, with_weights):
+    """What cancels is less than what rounding to bfloat16 has moved the variance by."""
+    wide = np.random.default_rng(0).normal(mean, 1, (4096, 3)).astype(np.float32)
+    x = jnp.asarray(wide, jnp.bfloat16)
+    weights, exact = None, np.float64(np.asarray(x, np.float32))
+    if with_weights:
+        weights = np.ones((4096, 1), np.float32)
+        weights[::4] = 0
+        x = x.at[::4].set(jnp.nan)
+        exact = np.delete(exact, np.s_[::4], axis=0)
+    found, var = about(np.full(3, expected), x, weights)
+    off = min(abs(mean - expected), mean) if np.isfinite(expected) else mean
+    error = 32 * (1 + off**2) * 2.0**-24  # of a sum of thousands
+    np.testing.assert_allclose(var, exact.var(0), rtol=error)
+    np.testing.assert_allclose(found, exact.mean(0), rtol=1e-6, atol=1e-6)
+    if mean == 50 and not with_weights:
+        moved_by_rounding = np.abs(exact.var(0) - np.float64(wide).var(0)).max()
+        assert np.abs(var - exact.var(0)).max() < moved_by_rounding / 2
+
+
+def test_bfloat16_of_nothing_but_padding_has_no_mean():
+    x = jnp.full((8, 3), jnp.nan, jnp.bfloat16)
+    for moment in about(np.full(3, 5), x, np.zeros((8, 1), np.float32)):
+        np.testing.assert_array_equal(moment, np.zeros(3))
