@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import measuring, network, results
 from experiments.data.crops import training_crop
-from experiments.data.loader import UndecodableImages, training_batches
+from experiments.data.file_feed import UndecodableImages, training_batches
 from experiments.data.splits import Augmentation, Example
 
 IMAGES, BATCH, BATCHES_A_ROUND = 256, 32, 8

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # They say how a run is launched, not what it computes: another start may change them.
-LAUNCH_KEYS = ("parallelism", "threads", "dry_run")
+LAUNCH_KEYS = ("parallelism", "workers", "threads", "dry_run")
 
 
 class ConfigError(ValueError):

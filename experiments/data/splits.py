@@ -27,7 +27,10 @@ class Augmentation(NamedTuple):
 
 
 class Split(Protocol):
-    """One part of a data set. Reading is safe from many threads."""
+    """One part of a data set.
+
+    It can be pickled: worker processes read from copies.
+    """
 
     num_classes: int
 

@@ -7,9 +7,10 @@ import jax
 
 from experiments.configs.checks import ConfigError
 from experiments.data.datasets import load_splits
-from experiments.data.loader import (
+from experiments.data.file_feed import (
     ImageBatch,
     UndecodableImages,
+    all_cores,
     evaluation_batches,
     training_batches,
 )
@@ -31,6 +32,8 @@ class Data:
         self._part = (jax.process_index(), jax.process_count())
         augmentation = Augmentation(*(config[field] for field in Augmentation._fields))
         self.train, self.test = load_splits(config["dataset"], data_dir, augmentation)
+        workers = config["workers"]
+        self._workers = all_cores() if workers < 0 else workers
         self._undecodable = UndecodableImages(config["max_undecodable"])
         if config["batch_size"] > len(self.train):
             raise ConfigError(
@@ -56,7 +59,7 @@ class Data:
             seed=config["seed"],
             batch_size=config["batch_size"],
             shuffle=config["shuffle"],
-            threads=config["threads"],
+            workers=self._workers,
             undecodable=self._undecodable,
             part=self._part,
         )
@@ -73,7 +76,7 @@ class Data:
             min(num_examples or len(self.test), len(self.test)),
             batch_size=max(batch_size, devices),
             crops=crops,
-            threads=config["threads"],
+            workers=self._workers,
             undecodable=self._undecodable,
             part=self._part,
         )

@@ -13,7 +13,7 @@ import optax
 
 import bn_jax
 from experiments.data.distortions import distort
-from experiments.data.loader import ImageBatch
+from experiments.data.file_feed import ImageBatch
 from experiments.distributed import parallel
 from experiments.inception_experiment.scores import Scores, score
 from experiments.models.construction import make_model
@@ -114,7 +114,7 @@ class Experiment:
 
         Args:
           state: of the network.
-          batches: of `experiments.data.loader.evaluation_batches`.
+          batches: of `experiments.data.file_feed.evaluation_batches`.
           by_test_batch: normalise each batch by its own statistics.
         """
         function = self._functions.scores[by_test_batch]

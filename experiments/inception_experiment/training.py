@@ -115,9 +115,10 @@ def check_config(config: Mapping[str, Any]) -> None:
         config,
         1,
         *("num_steps", "steps_per_decay", "eval_every", "eval_batch_size"),
-        *("population_batches", "checkpoint_every", "threads"),
+        *("population_batches", "checkpoint_every"),
     )
     check_at_least(config, 0, "seed", "eval_examples", "max_undecodable")
+    check_at_least(config, -1, "workers")
     check_at_least(config, 2, "batch_size")
     check_at_least(config, 32, "image_size")
     check_positive(

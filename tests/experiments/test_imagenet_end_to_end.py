@@ -19,7 +19,7 @@ TINY = (
     *("--config.image_size=32", "--config.width=0.0625", "--config.batch_size=8"),
     *("--config.num_steps=60", "--config.eval_every=20", "--config.eval_batch_size=8"),
     *("--config.checkpoint_every=10", "--config.population_batches=3"),
-    *("--config.threads=2", "--config.learning_rate=0.001"),
+    *("--config.workers=2", "--config.learning_rate=0.001"),
 )
 
 

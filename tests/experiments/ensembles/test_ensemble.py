@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.data.errors import DataError
-from experiments.data.loader import ImageBatch
+from experiments.data.file_feed import ImageBatch
 from experiments.ensembles import ensemble
 from experiments.ensembles.trained_networks import Network
 from experiments.inception_experiment.data import Data

@@ -187,7 +187,7 @@ def test_names_tell_networks_apart(runs, tmp_path):
     for name in ("a", "b", "c"):
         shutil.copytree(runs / "bn", tmp_path / name)
     change(tmp_path / "b", seed=3)
-    change(tmp_path / "c", seed=3, threads=5)
+    change(tmp_path / "c", seed=3, workers=5)
     shutil.copytree(runs / "plain", tmp_path / "d")
     networks = load(tmp_path)
     assert [network.folder.name for network in networks] == ["a", "b", "c", "d"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.data.loader import ImageBatch
+from experiments.data.file_feed import ImageBatch
 from experiments.distributed import parallel
 from experiments.inception_experiment import network
 from experiments.inception_experiment.network import Experiment, learning_rate

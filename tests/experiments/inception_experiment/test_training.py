@@ -246,7 +246,7 @@ def test_a_finished_run_does_nothing(copied, monkeypatch, capsys):
         "eval_batch_size": [0, -8],
         "population_batches": [0],
         "checkpoint_every": [0],
-        "threads": [0],
+        "workers": [-2],
         "seed": [-1, 2**31],
         "eval_examples": [-1],
         "max_undecodable": [-1],

@@ -8,7 +8,7 @@ from experiments.running import run_folder
 from experiments.running.run_folder import FAILURE_FILE, LostProcessError, open_run
 from experiments.running.workdir import WorkdirError
 
-CONFIG = {"rate": 0.1, "threads": 4}
+CONFIG = {"rate": 0.1, "workers": 4}
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_another_configuration(workdir, second_of_two):
         open_run(workdir, CONFIG | {"rate": 0.2}),
     ):
         pass
-    with open_run(workdir, CONFIG | {"threads": 9}):
+    with open_run(workdir, CONFIG | {"workers": 9}):
         pass
 
 

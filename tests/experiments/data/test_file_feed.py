@@ -1,49 +1,29 @@
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Collection
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.data.batches import batch_indices
 from experiments.data.errors import DataError
-from experiments.data.loader import (
+from experiments.data.file_feed import (
     BATCHES_AHEAD,
     MAX_SUCCESSORS,
     UndecodableImages,
+    all_cores,
     evaluation_batches,
+    image_randomness,
     training_batches,
 )
-from experiments.data.splits import Example, UndecodableError
-
-
-class NumberedSplit:
-    """Images of two pixels: the example's number, and a random one."""
-
-    num_classes = 10
-    shard_lengths = (10, 10, 10)
-
-    def __init__(self, broken: Collection[int] = (), fatal: int | None = None) -> None:
-        self.requested: list[int] = []
-        self._broken, self._fatal = broken, fatal
-
-    def __len__(self) -> int:
-        return 30
-
-    def training_example(self, index: int, random: np.random.Generator) -> Example:
-        self._check(index)
-        number = random.integers(0, 256)
-        return Example(np.array([index, number], np.uint8), index % 10)
-
-    def evaluation_example(self, index: int, crops: int) -> Example:
-        self._check(index)
-        return Example(np.full((crops, 2), index, np.uint8), index % 10)
-
-    def _check(self, index: int) -> None:
-        self.requested.append(index)
-        if index == self._fatal:
-            raise DataError(f"file of {index} is truncated")
-        if index in self._broken:
-            raise UndecodableError(f"image {index} is broken")
+from tests.experiments.data.numbered_split import NumberedSplit
+from tests.experiments.helpers import REPOSITORY, command_environment
 
 
 def train(split, steps=range(8), **options):
@@ -51,7 +31,7 @@ def train(split, steps=range(8), **options):
         "seed": 3,
         "batch_size": 6,
         "shuffle": "examples",
-        "threads": 3,
+        "workers": 0,
         "undecodable": UndecodableImages(100),
     }
     return training_batches(split, steps, **(defaults | options))
@@ -61,7 +41,7 @@ def evaluate(split, num_examples=30, **options):
     defaults = {
         "batch_size": 8,
         "crops": 2,
-        "threads": 3,
+        "workers": 0,
         "undecodable": UndecodableImages(100),
     }
     return list(evaluation_batches(split, num_examples, **(defaults | options)))
@@ -76,10 +56,6 @@ def assert_same(found, expected) -> None:
     for one, other in zip(found, expected, strict=True):
         for field in one._fields:
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-
-
-def loader_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("images")]
 
 
 @pytest.mark.parametrize("shuffle", ["examples", "shards"])
@@ -98,17 +74,18 @@ def test_examples_order_and_augmentation_are_as_documented(shuffle):
         np.testing.assert_array_equal(batch.images[:, 0], indices)
         np.testing.assert_array_equal(batch.labels, indices % 10)
         draws = [
-            np.random.default_rng([3, step, position]).integers(0, 256)
+            np.random.Generator(
+                np.random.Philox(key=[3, 0], counter=[0, 0, position, step])
+            ).integers(0, 256)
             for position in range(6)
         ]
         np.testing.assert_array_equal(batch.images[:, 1], draws)
 
 
-@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("first", [0, 1, 5, 7])
-def test_a_batch_depends_on_seed_and_step_alone(first, threads):
+def test_a_batch_depends_on_seed_and_step_alone(first):
     whole = list(train(NumberedSplit()))
-    rest = list(train(NumberedSplit(), range(first, 8), threads=threads))
+    rest = list(train(NumberedSplit(), range(first, 8)))
     assert_same(rest, whole[first:])
     (other,) = train(NumberedSplit(), range(1), seed=4)
     assert (other.images[:, 0] != whole[0].images[:, 0]).any()
@@ -166,7 +143,6 @@ def test_too_many_undecodable_images_end_the_run():
         list(train(NumberedSplit({1, 8, 20}), range(15), undecodable=undecodable))
     assert "is broken; restore the data, or raise max_undecodable." in str(e.value)
     assert "\n" not in str(e.value)
-    assert not loader_threads()
 
 
 def test_none_may_be_broken_where_the_limit_is_none():
@@ -177,10 +153,10 @@ def test_none_may_be_broken_where_the_limit_is_none():
 def test_a_message_counts_once():
     undecodable = UndecodableImages(1)
     for _ in range(3):
-        undecodable.add(UndecodableError("this"))
+        undecodable.add("this")
     assert list(undecodable.messages) == ["this"]
     with pytest.raises(DataError, match="the last is: that;"):
-        undecodable.add(UndecodableError("that"))
+        undecodable.add("that")
 
 
 def test_a_set_without_a_single_image_is_given_up():
@@ -188,7 +164,6 @@ def test_a_set_without_a_single_image_is_given_up():
         DataError, match=rf"^{MAX_SUCCESSORS} consecutive images, from number "
     ):
         list(train(NumberedSplit(range(30)), range(1)))
-    assert not loader_threads()
 
 
 @pytest.mark.parametrize("num_examples", [30, 24, 9, 8, 3])
@@ -244,54 +219,144 @@ def test_parts_of_evaluation_make_up_its_batches(count):
             np.testing.assert_array_equal(np.concatenate(pieces), field)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 8])
-def test_threads_change_nothing_in_evaluation(threads):
-    assert_same(
-        evaluate(NumberedSplit({3}), threads=threads), evaluate(NumberedSplit({3}))
-    )
-
-
-def test_stopping_early_leaves_no_threads_and_little_work():
+def test_stopping_early_leaves_no_thread_and_little_work():
+    before = set(threading.enumerate())
     split = NumberedSplit()
     batches = train(split, range(1_000))
     next(batches)
-    assert loader_threads()
-    # Work runs ahead of its use, but not far.
-    assert len(split.requested) <= (BATCHES_AHEAD + 1) * 6
     next(batches)
     batches.close()
-    assert not loader_threads()
-    assert len(split.requested) <= (BATCHES_AHEAD + 2) * 6
+    # Work runs ahead of its use, but not far.
+    assert len(split.requested) <= (BATCHES_AHEAD + 4) * 6
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 def test_batches_are_made_while_the_consumer_computes():
     split = NumberedSplit()
     batches = train(split, range(100))
     next(batches)
-    ahead = sorted(expected_indices(range(BATCHES_AHEAD + 1)).ravel().tolist())
-    for _ in range(1_000):
-        if len(split.requested) == len(ahead):
-            break
-        threading.Event().wait(0.01)
-    assert sorted(split.requested) == ahead
+    deadline = time.monotonic() + 10
+    while len(split.requested) < (BATCHES_AHEAD + 1) * 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     batches.close()
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_an_exception_in_a_thread_reaches_the_consumer(threads):
+def test_an_error_reaches_the_consumer():
     fatal = int(expected_indices(range(3))[2, 4])
-    batches = train(NumberedSplit(fatal=fatal), threads=threads)
+    batches = train(NumberedSplit(fatal=fatal))
     next(batches)
     next(batches)
     with pytest.raises(DataError, match=f"^file of {fatal} is truncated"):
         next(batches)
-    assert not loader_threads()
     with pytest.raises(DataError, match="file of 20 is truncated"):
-        evaluate(NumberedSplit(fatal=20), threads=threads)
-    assert not loader_threads()
+        evaluate(NumberedSplit(fatal=20))
+
+
+def test_each_place_of_each_step_has_random_numbers_of_its_own():
+    draws = [
+        image_randomness(seed, step)(position).random()
+        for seed in range(3)
+        for step in range(50)
+        for position in range(50)
+    ]
+    assert len(set(draws)) == len(draws)
+    assert abs(np.mean(draws) - 0.5) < 0.01
+    neighbours = np.corrcoef(draws[:-1], draws[1:])[0, 1]
+    assert abs(neighbours) < 0.05
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(workers, tmp_path):
+    """Whole, from the middle, in parts, with undecodable images, and to evaluate."""
+    broken = {4, 12, 13}
+    alone = list(train(NumberedSplit(broken)))
+    counted = UndecodableImages(100)
+    split = NumberedSplit(broken, log=tmp_path)
+    assert_same(list(train(split, workers=workers, undecodable=counted)), alone)
+    assert sorted(counted.messages) == [f"image {i} is broken" for i in (12, 13, 4)]
+    # Each made batches, and this process none.
+    readers = {int(path.name) for path in tmp_path.iterdir()}
+    assert len(readers) == workers
+    assert os.getpid() not in readers
+    rest = list(train(split, range(3, 8), workers=workers, part=(1, 2)))
+    assert_same(rest, list(train(NumberedSplit(broken), range(3, 8), part=(1, 2))))
+    assert_same(evaluate(split, 19, workers=workers), evaluate(split, 19))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_when_the_consumer_stops_or_a_file_is_damaged(tmp_path):
+    batches = train(NumberedSplit(log=tmp_path), range(1_000), workers=2)
+    next(batches)
+    assert multiprocessing.active_children()
+    batches.close()
+    assert not multiprocessing.active_children()
+    fatal = int(expected_indices(range(3))[2, 4])
+    batches = train(NumberedSplit(fatal=fatal), workers=2)
+    with pytest.raises(DataError, match=f"^file of {fatal} is truncated"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+CONSUMER = """
+import sys, time
+from pathlib import Path
+from experiments.data.file_feed import UndecodableImages, training_batches
+from tests.experiments.data.numbered_split import NumberedSplit
+
+batches = training_batches(
+    NumberedSplit(log=Path(sys.argv[1])), range(10**6), seed=0, batch_size=6,
+    shuffle="examples", workers=2, undecodable=UndecodableImages(0),
+)
+next(batches), next(batches)
+print("ready", flush=True)
+for _ in batches:
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent(ending, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", CONSUMER, str(tmp_path)],
+        cwd=REPOSITORY,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        workers = [int(path.name) for path in tmp_path.iterdir()]
+        assert len(workers) == 2
+        process.send_signal(ending)
+        assert process.wait(60) != 0
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_all_cores_are_those_that_may_be_used():
+    assert all_cores() == len(os.sched_getaffinity(0))
+
+
+def test_splits_of_files_can_be_pickled(tiny_dir):
+    from experiments.data.prepared_splits import load_prepared_splits
+    from experiments.data.splits import Augmentation
+
+    train_split, _ = load_prepared_splits(
+        "tiny", str(tiny_dir), Augmentation(5, 1.0, False, 1.0)
+    )
+    first = train_split.training_example(3, np.random.default_rng(0))
+    copy = pickle.loads(pickle.dumps(train_split))
+    again = copy.training_example(3, np.random.default_rng(0))
+    np.testing.assert_array_equal(first.images, again.images)
+    assert copy.shard_lengths == train_split.shard_lengths
 
 
 def test_a_batch_larger_than_the_set_is_an_error():
     with pytest.raises(ValueError, match="batch_size is 31"):
         next(train(NumberedSplit(), batch_size=31))
-    assert not loader_threads()
