@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -249,9 +250,7 @@ def _decodable(
     )
 
 
-def _stack(
-    examples: list[Example], mask: np.ndarray, undecodable: list[str]
-) -> _Made:
+def _stack(examples: list[Example], mask: np.ndarray, undecodable: list[str]) -> _Made:
     batch = ImageBatch(
         np.stack([example.images for example in examples]),
         np.array([example.label for example in examples], np.int32),
@@ -292,8 +291,27 @@ def _start(
         return iter(batches.to_iter_dataset(ahead))
     at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(workers, BATCHES_AHEAD)
-    in_workers = batches.to_iter_dataset(at_once).mp_prefetch(options, _prepare_worker)
-    return iter(in_workers)
+    made = batches.map(_in_shared_memory).to_iter_dataset(at_once)
+    return iter(made.mp_prefetch(options, _prepare_worker))
+
+
+def _in_shared_memory(made: _Made) -> _Made:
+    """Moves the images to where the parent process reads them.
+
+    Grain would copy them there, page by page as it touches them, which costs a tenth
+    of the time in which they are decoded; a file is written at half of that.
+    """
+    from grain.multiprocessing import SharedMemoryArray
+
+    images = made.batch.images
+    shared = SharedMemoryArray(images.shape, images.dtype)
+    file = Path("/dev/shm") / shared.metadata.name
+    if file.exists():
+        with file.open("r+b", buffering=0) as written:
+            written.write(images.data)
+    else:  # not Linux
+        np.copyto(shared, images)
+    return made._replace(batch=made.batch._replace(images=shared))
 
 
 def _prepare_worker(number: int, count: int) -> None:

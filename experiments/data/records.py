@@ -22,7 +22,6 @@ _MAX_ARRAY_RECORD_READERS = 512
 _READER_OPTIONS = "readahead_buffer_size:0"
 
 
-
 class _Source(Protocol):
     """Reads a record, given the number of its file and its number in the file."""
 
@@ -104,7 +103,7 @@ def read_file(path: epath.Path, length: int, file_format: str) -> list[bytes]:
             records = reader.read_all()
         except RuntimeError as error:
             raise _damaged_array_record(path, error) from error
-    _check_length(path, len(records), length)
+    check_length(path, len(records), length)
     return records
 
 
@@ -115,7 +114,7 @@ class _TFRecords:
         self._paths = paths
         self._offsets = load_offsets(paths)
         for path, found, length in zip(paths, self._offsets, lengths, strict=True):
-            _check_length(path, len(found) - 1, length)
+            check_length(path, len(found) - 1, length)
 
     def __call__(self, file: int, number: int) -> bytes:
         return read_record_at(self._paths[file], int(self._offsets[file][number]))
@@ -133,7 +132,7 @@ class _ArrayRecords:
         for path, found, length in zip(
             paths, map_files(count, paths), lengths, strict=True
         ):
-            _check_length(path, found, length)
+            check_length(path, found, length)
 
     def __call__(self, file: int, number: int) -> bytes:
         try:
@@ -186,7 +185,8 @@ def _damaged_array_record(path: epath.Path, error: RuntimeError) -> DataError:
     )
 
 
-def _check_length(path: epath.Path, found: int, expected: int) -> None:
+def check_length(path: epath.Path, found: int, expected: int) -> None:
+    """Raises DataError where a file holds another number of examples than expected."""
     if found != expected:
         raise DataError(
             f"record file {path} holds {found} examples: expected {expected}, "
