@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 import bn_jax.linen
 from bn_jax.linen_folding import LAYERS, apply_folded, fold_batch_norms
-from experiments.models.inception import Inception
-from experiments.models.layers import SeparableConv
-from experiments.models.mlp import MLP
+from experiments.inception.layers import SeparableConv
+from experiments.inception.network import Inception
+from experiments.mnist.network import MLP
 from experiments.running.markdown import table
 
 ROUNDS = 60

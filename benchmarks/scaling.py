@@ -21,8 +21,9 @@ from jax.sharding import Mesh, PartitionSpec
 import bn_jax.linen
 from benchmarks import measuring, op, peers, programs, results
 from experiments.checkpoints.saving import Checkpoints
-from experiments.models.inception import Inception
-from experiments.training import sgd
+from experiments.inception.network import Inception
+from experiments.training import steps
+from experiments.training.optimisers import make_optimiser
 
 DEVICES = (1, 2, 4, 8)
 CONTESTANTS = ("bn_jax", "flax.linen")
@@ -107,9 +108,9 @@ def collectives_of(name: str, num_devices: int) -> dict[str, Any]:
 def checkpoint_of(width: float) -> dict[str, Any]:
     """Saves and restores a training state of Inception."""
     model = Inception(num_classes=1000, norm=bn_jax.linen.BatchNorm, width=width)
-    optimiser = sgd.make_optimiser(momentum=0.9)
+    optimiser = make_optimiser(momentum=0.9)
     state = jax.jit(
-        lambda key: sgd.init_state(model, (64, 64, 3), key, 0.1, optimiser)
+        lambda key: steps.init_state(model, (64, 64, 3), key, 0.1, optimiser)
     )(jax.random.key(0))
     states = {"network": state}
     with tempfile.TemporaryDirectory() as folder:

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from experiments.checkpoints import export, report
-    from experiments.configs.checks import ConfigError
+    from experiments.configuration.fields import ConfigError
 
     # Nothing is trained here: accelerators are for the runs that may have them.
     jax.config.update("jax_platforms", "cpu")

@@ -22,7 +22,7 @@ nothing half-written is left where sets are looked for.
 
 from absl import flags
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.running import commands
 
 _DATA_DIR = flags.DEFINE_string(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.checkpoints.orbax_leftovers import silence_leftovers
+from experiments.checkpoints.orbax_messages import silence_leftovers
 from experiments.checkpoints.stored import (
     ARRAY_ITEMS,
     METADATA_ITEM,
@@ -33,7 +33,7 @@ from experiments.distributed.agreement import as_first_process, first_message
 from experiments.distributed.processes import TOLD, on_first, say
 from experiments.running import provenance
 from experiments.running.metrics import finite
-from experiments.training.sgd import TrainState
+from experiments.training.state import TrainState
 
 NEWEST = 2  # kept, beside the best: one while the other is being written
 _DAMAGED = "damaged: "  # what a message between processes starts with

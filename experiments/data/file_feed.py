@@ -186,7 +186,7 @@ def _training_batch(
             return split.training_example(index, random_at(position))
 
         index = int(indices[0, 0, position])
-        example, broken = _decodable(split, index, read)
+        example, broken = first_decodable(split, index, read)
         examples.append(example)
         undecodable += broken
     return _stack(examples, np.ones(len(examples), bool), undecodable)
@@ -204,7 +204,7 @@ def _evaluation_batch(
     count = min(batch_size, num_examples - start)
     examples, mask, undecodable = [], [], []
     for position in positions:
-        example, broken = _decodable(
+        example, broken = first_decodable(
             split,
             start + position % count,
             lambda index: split.evaluation_example(index, crops),
@@ -223,7 +223,7 @@ def image_randomness(seed: int, step: int) -> Callable[[int], np.random.Generato
     """
     bits = np.random.Philox(key=np.array([seed, 0], np.uint64))
     generator = np.random.Generator(bits)
-    state: dict[str, Any] = dict(bits.state)
+    state: Any = dict(bits.state)
     key = state["state"]["key"]
 
     def random_at(position: int) -> np.random.Generator:
@@ -234,10 +234,14 @@ def image_randomness(seed: int, step: int) -> Callable[[int], np.random.Generato
     return random_at
 
 
-def _decodable(
+def first_decodable(
     split: Split, index: int, read: Callable[[int], Example]
 ) -> tuple[Example, list[str]]:
-    """An example, or the next that can be decoded, and what is wrong with the first."""
+    """An example, or the next that can be decoded, and what is wrong with the others.
+
+    Raises:
+      DataError: none of many can.
+    """
     broken: list[str] = []
     for successor in range(MAX_SUCCESSORS):
         try:
@@ -265,7 +269,7 @@ def _made_ahead(
     workers: int,
     undecodable: UndecodableImages,
 ) -> Generator[ImageBatch]:
-    """Yields what `make` makes of numbers, in their order, and counts what is broken."""
+    """Yields what `make` makes of numbers, in order, and counts what is broken."""
     batches = _start(make, numbers, workers)
     try:
         for made in batches:

@@ -11,7 +11,7 @@ import pytest
 from experiments.checkpoints import export, report
 from experiments.checkpoints.restoring import load_variables
 from experiments.checkpoints.stored import CheckpointError, named_leaves
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.running.workdir import WorkdirError
 from tests.experiments.checkpoints.make_stored import STORED
 from tests.experiments.helpers import (

@@ -11,8 +11,8 @@ import pytest
 from experiments.checkpoints.restoring import adapt, load_variables
 from experiments.checkpoints.saving import Checkpoints
 from experiments.checkpoints.stored import CheckpointError, named_leaves
-from experiments.models.mlp import MLP
-from experiments.training.sgd import init_state, make_optimiser
+from experiments.mnist.network import MLP
+from experiments.training.steps import init_state, make_optimiser
 from tests.experiments.helpers import (
     ORBAX_LEFTOVERS,
     assert_trees_identical,

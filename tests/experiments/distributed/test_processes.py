@@ -4,7 +4,7 @@ import sys
 import jax
 import pytest
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.distributed import processes
 from experiments.distributed.processes import (
     Address,
