@@ -286,24 +286,34 @@ def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
 
 
 def draw_input(content: dict[str, Any]) -> Figure:
-    """Images a second."""
-    return _bars(
-        content["rows"], "images_per_second_and_core", "images a second and core"
-    )
+    """Images a second against workers."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for name in dict.fromkeys(row["name"] for row in content["rows"]):
+        own = _select(content["rows"], name=name)
+        workers = [row["workers"] for row in own]
+        panel.plot(workers, [row["images_per_second"] for row in own], "o-", label=name)
+    panel.set_xticks(sorted({row["workers"] for row in content["rows"]}))
+    panel.set_xlabel("worker processes (tf.data: threads)")
+    panel.set_ylabel("images a second")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    return figure
 
 
 def input_tables(content: dict[str, Any]) -> dict[str, str]:
     """One row a contestant, and the waiting share."""
     keys = {
         "": "name",
+        "workers": "workers",
         "images/s": "images_per_second",
-        "per core": "images_per_second_and_core",
-        "time / ours": "ratio",
+        "of the decoder alone": "share_of_decoder",
     }
     body = [[row[key] for key in keys.values()] for row in content["rows"]]
     waiting = (
-        f"JPEGs of {content['kilobytes_an_image']:.0f} KB. A training step of the "
-        "small Inception waits for its images "
+        f"JPEGs of {content['kilobytes_an_image']:.0f} KB ({content['images']}). A "
+        "training step of the small Inception waits for its images "
         f"{100 * content['waiting_share']:.1f}% of its time."
     )
     return {"input": f"{markdown(list(keys), body)}\n\n{waiting}"}
