@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,16 @@ from experiments.configuration.fields import (
 from experiments.data.image_set import ImageSet, load_image_set
 from experiments.distributed.progress import progress_bar
 from experiments.running.figures import save
+from experiments.running.loop import Plan, fit
 from experiments.running.metrics import finite, read_rows
 from experiments.running.workdir import open_workdir, write_whole
+from experiments.training.optimisers import make_optimiser, with_learning_rate
+from experiments.training.state import TrainState
 
 REFERENCE_BATCH_SIZE = 32  # where rates are as the configuration gives them
 EVALUATION_BATCH = 1_000
+MAX_STEPS_PER_CALL = 1_000
+NETWORK = "network"
 
 
 class Setting(NamedTuple):
@@ -210,10 +215,40 @@ def train_setting(
     orders = np.stack(
         [make_order(labels, setting.order, config, size, seed) for seed in seeds]
     )
-    train = _compiled(setting.method, size, _frozen(config), num_classes)
-    validation, test = train(
-        jnp.asarray(rates), jnp.asarray(seeds), jnp.asarray(orders), data
+    program = _compiled(setting.method, size, _frozen(config), num_classes)
+    initial_rates = jnp.asarray(rates, jnp.float32)
+
+    def step(states: Any, done: int, indices: Any) -> tuple[Any, Any]:
+        del done  # states know it
+        state, losses = program.train(
+            states[NETWORK],
+            data,
+            jnp.asarray(indices),
+            initial_rates,
+        )
+        return {NETWORK: state}, {NETWORK: losses}
+
+    def feed(first: int, stops: Sequence[int]) -> Generator[tuple[int, np.ndarray]]:
+        for stop in stops:
+            yield stop - first, orders[:, first:stop]
+            first = stop
+
+    def name_replica(_: str, number: int) -> str:
+        rate, seed = divmod(number, len(seeds))
+        return (
+            f"{' '.join(map(str, setting))}, rate {rates[rate]:g}, seed {seeds[seed]}"
+        )
+
+    num_steps = config["num_examples"] // size
+    plan = Plan(
+        num_steps,
+        steps_per_look=_piece_length(num_steps),
+        name_replica=name_replica,
+        shows_progress=False,  # but for the settings
     )
+    state = program.init(initial_rates, jnp.asarray(seeds))
+    state = fit({NETWORK: state}, step, feed, plan).states[NETWORK]
+    validation, test = program.accuracies(state, data)
     return {
         **setting._asdict(),
         "learning_rates": rates,
@@ -224,6 +259,12 @@ def train_setting(
     }
 
 
+def _piece_length(num_steps: int) -> int:
+    """The longest that divides a run, so that one program serves all of it."""
+    pieces = range(1, min(num_steps, MAX_STEPS_PER_CALL) + 1)
+    return max(piece for piece in pieces if num_steps % piece == 0)
+
+
 def _frozen(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """A configuration that can be a key."""
     return tuple(
@@ -231,14 +272,22 @@ def _frozen(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     )
 
 
+class _Program(NamedTuple):
+    """Compiled functions of networks side by side, (rates, seeds, ...)."""
+
+    init: Any  # of rates and seeds
+    train: Any  # of states, data, (seeds, steps, size) and rates
+    accuracies: Any  # of states and data: of validation and test, (rates, seeds)
+
+
 @functools.lru_cache(maxsize=1)
 def _compiled(
     method: str, batch_size: int, frozen: tuple[tuple[str, Any], ...], num_classes: int
-) -> Any:
-    """A function of (rates, seeds, orders, data): accuracies, (rates, seeds)."""
+) -> _Program:
     config = dict(frozen)
     normalise = NORMALISATIONS[method]
     num_steps = config["num_examples"] // batch_size
+    optimiser = make_optimiser(momentum=config["momentum"])
 
     def mode(train: bool, progress: jax.Array | float) -> Mode:
         first, last = config["ramp"]
@@ -253,54 +302,64 @@ def _compiled(
             d_max=config["d_max"] * loosened,
         )
 
-    def accuracy(
-        network: Network, stats: Any, images: jax.Array, labels: jax.Array
-    ) -> jax.Array:
+    def init(rate: jax.Array, seed: jax.Array) -> TrainState:
+        network, stats = init_network(
+            jax.random.key(seed), as_tuple(config["widths"]), num_classes
+        )
+        opt_state = with_learning_rate(optimiser.init(network), rate)
+        return TrainState(jnp.int32(0), network, stats, opt_state)
+
+    def train_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, rate: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        progress = state.step / num_steps
+
+        def loss_of(network: Network) -> tuple[jax.Array, Any]:
+            logits, new = apply_network(
+                network, state.batch_stats, images, normalise, mode(True, progress)
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), new
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        # The rate falls to 0 in a straight line.
+        opt_state = with_learning_rate(state.opt_state, rate * (1 - progress))
+        updates, opt_state = optimiser.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, stats, opt_state), loss
+
+    def train(
+        states: TrainState, data: Data, orders: jax.Array, rates: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        def step(states: TrainState, indices: jax.Array) -> Any:
+            images, labels = data.train_images[indices], data.train_labels[indices]
+            over_seeds = jax.vmap(train_step, (0, 0, 0, None))
+            return jax.vmap(over_seeds, (0, None, None, 0))(
+                states, images, labels, rates
+            )
+
+        return jax.lax.scan(step, states, jnp.swapaxes(orders, 0, 1))
+
+    def accuracy(state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Array:
         inference = mode(False, 1)
 
         def guess(image: jax.Array) -> jax.Array:
-            logits, _ = apply_network(network, stats, image[None], normalise, inference)
+            logits, _ = apply_network(
+                state.params, state.batch_stats, image[None], normalise, inference
+            )
             return logits[0].argmax()
 
         guesses = jax.lax.map(guess, images, batch_size=EVALUATION_BATCH)
         return 100 * jnp.mean(guesses == labels)
 
-    def train_one(
-        rate: jax.Array, seed: jax.Array, order: jax.Array, data: Data
-    ) -> tuple[jax.Array, jax.Array]:
-        network, stats = init_network(
-            jax.random.key(seed), as_tuple(config["widths"]), num_classes
-        )
-        optimiser = optax.sgd(
-            optax.linear_schedule(rate, 0.0, num_steps), config["momentum"]
-        )
-
-        def step(state: Any, batch: Any) -> tuple[Any, None]:
-            network, stats, opt_state = state
-            number, indices = batch
-
-            def loss(network: Network) -> tuple[jax.Array, Any]:
-                images = data.train_images[indices]
-                now = mode(True, number / num_steps)
-                logits, new = apply_network(network, stats, images, normalise, now)
-                losses = optax.softmax_cross_entropy_with_integer_labels(
-                    logits, data.train_labels[indices]
-                )
-                return losses.mean(), new
-
-            grads, stats = jax.grad(loss, has_aux=True)(network)
-            updates, opt_state = optimiser.update(grads, opt_state)
-            return (optax.apply_updates(network, updates), stats, opt_state), None
-
-        state = (network, stats, optimiser.init(network))
-        batches = (jnp.arange(num_steps), order)
-        (network, stats, _), _ = jax.lax.scan(step, state, batches)
+    def accuracies(state: TrainState, data: Data) -> tuple[jax.Array, jax.Array]:
         return (
-            accuracy(network, stats, data.validation_images, data.validation_labels),
-            accuracy(network, stats, data.test_images, data.test_labels),
+            accuracy(state, data.validation_images, data.validation_labels),
+            accuracy(state, data.test_images, data.test_labels),
         )
 
-    over_seeds = jax.vmap(train_one, in_axes=(None, 0, 0, None))
-    over_rates = jax.vmap(over_seeds, in_axes=(0, None, None, None))
-
-    return jax.jit(over_rates)
+    return _Program(
+        jax.jit(jax.vmap(jax.vmap(init, (None, 0)), (0, None))),
+        jax.jit(train),
+        jax.jit(jax.vmap(jax.vmap(accuracies, (0, None)), (0, None))),
+    )

@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     name_replica: Callable[[str, int], str] = lambda network, i: f"{network}, {i}"
     stop_if_diverged: bool = False  # when no network is left that has not
     examples_per_step: int = 0  # 0: the progress bar counts steps
+    shows_progress: bool = True
 
 
 class Trained(NamedTuple):
@@ -81,7 +82,12 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
         losses = _Losses(plan, first)
         unit = plan.examples_per_step or 1
         bar = stack.enter_context(
-            progress_bar(last * unit, first * unit, "image" if unit > 1 else "step")
+            progress_bar(
+                last * unit,
+                first * unit,
+                "image" if unit > 1 else "step",
+                shown=plan.shows_progress,
+            )
         )
         must_stop = stack.enter_context(preemption.watch(first))
         pieces = stack.enter_context(
@@ -109,8 +115,9 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
             if plan.record is not None and (done in plan.saves or stopping):
                 plan.record.save(done, states, score)
             if stopping and done < last:
+                place = f" from step {done}" if plan.record is not None else ""
                 raise preemption.PreemptedError(
-                    f"stopped by SIGTERM; the same command goes on from step {done}."
+                    f"stopped by SIGTERM; the same command goes on{place}."
                 )
         return Trained(states, last, _rows(plan), None)
 
