@@ -24,7 +24,7 @@ from bn_jax.linen_folding import LAYERS, apply_folded, fold_batch_norms
 from experiments.inception.layers import SeparableConv
 from experiments.inception.network import Inception
 from experiments.mnist.network import MLP
-from experiments.running.markdown import table
+from experiments.running.tables import table
 
 ROUNDS = 60
 INCEPTION = Inception(

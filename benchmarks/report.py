@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import compiled, peers, results
 from benchmarks.measuring import geometric_mean
+from experiments.running.tables import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # Not of `python -m benchmarks.all`: that needs no compilers of accelerators.
@@ -84,19 +85,6 @@ def describe(machine: dict[str, Any]) -> str:
         f"{machine['date']}, {machine['cores']} core(s) of {machine['processor']}, "
         f"{versions}; load of the machine before: {load:g}."
     )
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; numbers are rounded."""
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[_text(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
-    return "" if cell is None else str(cell)
 
 
 def _select(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -213,9 +201,9 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
     ]
     memory_head = ["", "dtype", "kept", "temporary", "large arrays written"]
     return {
-        "op-summary": markdown(head, summary),
-        "op-times": markdown(time_head, times),
-        "op-memory": markdown(memory_head, memory),
+        "op-summary": table(head, summary),
+        "op-times": table(time_head, times),
+        "op-memory": table(memory_head, memory),
     }
 
 
@@ -257,7 +245,7 @@ def network_tables(content: dict[str, Any]) -> dict[str, str]:
         "memory, MB": "temporary_megabytes",
     }
     return {
-        f"network-{mode}": markdown(
+        f"network-{mode}": table(
             list(keys),
             [
                 [row[key] for key in keys.values()]
@@ -282,7 +270,7 @@ def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
         "time / ours": "ratio",
     }
     body = [[row[key] for key in keys.values()] for row in content["rows"]]
-    return {"mnist": markdown(list(keys), body)}
+    return {"mnist": table(list(keys), body)}
 
 
 def draw_input(content: dict[str, Any]) -> Figure:
@@ -316,7 +304,7 @@ def input_tables(content: dict[str, Any]) -> dict[str, str]:
         "training step of the small Inception waits for its images "
         f"{100 * content['waiting_share']:.1f}% of its time."
     )
-    return {"input": f"{markdown(list(keys), body)}\n\n{waiting}"}
+    return {"input": f"{table(list(keys), body)}\n\n{waiting}"}
 
 
 def _bars(rows: Sequence[dict[str, Any]], key: str, label: str) -> Figure:
@@ -377,7 +365,7 @@ def scaling_tables(content: dict[str, Any]) -> dict[str, str]:
     for name in ("devices", "checkpoint"):
         rows = content[name]
         head = [key.replace("_", " ") for key in rows[0]]
-        blocks[f"scaling-{name}"] = markdown(head, [list(row.values()) for row in rows])
+        blocks[f"scaling-{name}"] = table(head, [list(row.values()) for row in rows])
     return blocks
 
 
@@ -393,7 +381,7 @@ def compiled_tables(content: dict[str, Any]) -> dict[str, str]:
             if any(row[key] is not None for row in rows)
         }
         body = [[row[key] for key in shown.values()] for row in rows]
-        blocks[f"compiled-{target}"] = markdown(list(shown), body)
+        blocks[f"compiled-{target}"] = table(list(shown), body)
     return blocks
 
 

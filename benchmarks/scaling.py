@@ -4,7 +4,7 @@ Times are of forward and backward passes of BN with ReLU, beside flax.linen's. F
 devices (8 host devices are forced) the collectives of the compiled program are counted
 and their results' bytes added up, which no load on the machine changes. A checkpoint is
 that of a training state of Inception with momentum, saved and restored by
-`experiments.checkpoints.saving`.
+`experiments.checkpoints.save`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import bn_jax.linen
 from benchmarks import measuring, op, peers, programs, results
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints.save import Checkpoints
 from experiments.inception.network import Inception
 from experiments.training import steps
 from experiments.training.optimisers import make_optimiser

@@ -1,15 +1,13 @@
 """What the batch size experiment showed: its numbers, its table and its figure."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-import bn_jax
-from experiments.running.markdown import NOTHING, table
+from experiments.running import provenance
+from experiments.running.tables import NOTHING, spread, table
 
 LABELS = {
     "batch_norm": "batch normalisation",
@@ -43,10 +41,7 @@ def summarise(
       JSON values; `results` holds one entry a setting.
     """
     return {
-        "bn_jax": bn_jax.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": jax.default_backend(),
+        **provenance.describe(),
         "config": dict(config),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "results": [_result(row) for row in rows],
@@ -77,7 +72,7 @@ def page(summary: Mapping[str, Any]) -> str:
     for order in dict.fromkeys(entry["order"] for entry in summary["results"]):
         own = [entry for entry in summary["results"] if entry["order"] == order]
         sizes = sorted({entry["batch_size"] for entry in own})
-        cells = {(e["method"], e["batch_size"]): _cell(e["test"]) for e in own}
+        cells = {(e["method"], e["batch_size"]): spread(e["test"], 1) for e in own}
         parts += [
             f"## {_title(order, config)}",
             "Test accuracy in %, mean ± standard deviation over seeds "
@@ -85,9 +80,11 @@ def page(summary: Mapping[str, Any]) -> str:
             table(
                 ["batch size", *map(str, sizes)],
                 [
-                    [label, *(cells.get((method, size), NOTHING) for size in sizes)]
-                    for method, label in LABELS.items()
-                    if any(entry["method"] == method for entry in own)
+                    [
+                        LABELS.get(method, method),
+                        *(cells.get((method, size), NOTHING) for size in sizes),
+                    ]
+                    for method in _methods(own)
                 ],
             ),
         ]
@@ -101,7 +98,7 @@ def draw(summary: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5.5 * len(orders), 4.2), layout="constrained")
     panels = figure.subplots(1, len(orders), squeeze=False, sharey=True)[0]
     for panel, order in zip(panels, orders, strict=True):
-        for method, label in LABELS.items():
+        for method in _methods(results):
             own = sorted(
                 (entry["batch_size"], entry["test"]["mean"], entry["test"]["std"] or 0)
                 for entry in results
@@ -111,7 +108,10 @@ def draw(summary: Mapping[str, Any]) -> Figure:
                 continue
             sizes, means, stds = zip(*own, strict=True)
             panel.errorbar(
-                sizes, means, yerr=stds, label=label, capsize=2, **STYLES[method]
+                *(sizes, means, stds),
+                label=LABELS.get(method, method),
+                capsize=2,
+                **STYLES.get(method, {"marker": "."}),
             )
         ticks = sorted({entry["batch_size"] for entry in results})
         panel.set_xscale("log", base=2)
@@ -133,6 +133,12 @@ def draw(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _methods(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The methods that there are: those with labels first, in their order."""
+    present = dict.fromkeys(entry["method"] for entry in entries)
+    return sorted(present, key=[*LABELS, *present].index)
+
+
 def _from_accuracy(accuracy: np.ndarray) -> np.ndarray:
     return -np.log(np.maximum(100 - accuracy, 0.1))
 
@@ -145,9 +151,3 @@ def _title(order: str, config: Mapping[str, Any]) -> str:
     if order == "skewed":
         return f"Batches of {config['skewed_classes']} classes each"
     return "Shuffled batches"
-
-
-def _cell(test: Mapping[str, Any]) -> str:
-    if test["std"] is None:
-        return f"{test['mean']:.1f}"
-    return f"{test['mean']:.1f} ± {test['std']:.1f}"

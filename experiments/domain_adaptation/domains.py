@@ -12,7 +12,7 @@ import numpy as np
 from experiments.data.image_set import ImageSet
 from experiments.mnist.experiment import Experiment
 from experiments.mnist.training import train
-from experiments.running.markdown import table
+from experiments.running.tables import spread, table
 
 # Of uint8 images; the same noise in every run.
 NOISE_STD = 64
@@ -70,16 +70,15 @@ def page(results: Mapping[str, Any]) -> str:
     rows = [
         (
             domain,
-            spread(networks["baseline"]["old"]),
-            spread(networks["batch_norm"]["old"]),
-            spread(networks["batch_norm"]["new"]),
+            _spread(networks["baseline"]["old"]),
+            _spread(networks["batch_norm"]["old"]),
+            _spread(networks["batch_norm"]["new"]),
         )
         for domain, networks in results.items()
     ]
     return table(header, rows)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and, over several seeds, standard deviation of accuracies in percent."""
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+def _spread(values: Sequence[float]) -> str:
+    std = np.std(values, ddof=1) if len(values) > 1 else None
+    return spread({"mean": np.mean(values), "std": std})

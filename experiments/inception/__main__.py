@@ -1,8 +1,7 @@
 """Trains one variant of section 4.2's Inception network.
 
-    CONFIG=experiments/configs/inception.py
-    python -m experiments.inception --config=$CONFIG:bn_x5,small
-    python -m experiments.inception --config=$CONFIG:bn_x5 --data_dir=... [...]
+    python -m experiments.inception --config=bn_x5,small
+    python -m experiments.inception --config=bn_x5 --data_dir=... [...]
     python -m experiments.inception --describe
 
 The first needs nothing more: its images are composed of the bundled MNIST. The second

@@ -1,8 +1,7 @@
 """Section 4.2: Inception and its batch-normalised variants.
 
-    CONFIG=experiments/configs/inception.py
-    python -m experiments.inception --config=$CONFIG:bn_x5 --data_dir=...
-    python -m experiments.inception --config=$CONFIG:bn_x5,small
+    python -m experiments.inception --config=bn_x5 --data_dir=...
+    python -m experiments.inception --config=bn_x5,small
 
 A variant is its parent and the few lines that the paper names. The first command needs
 ImageNet (docs/imagenet.md); the second trains the same network at reduced width on

@@ -3,7 +3,7 @@
     python -m experiments.inception_sweep [--sweep=variants] [--workdir=runs/variants]
     python -m experiments.inception_sweep --sweep=rates [KEY=VALUE ...]
 
-Sweeps are listed in experiments/configs/inception_sweep.py. Every run is a command of
+Sweeps are listed in experiments/inception/sweeps/table.py. Every run is a command of
 its own, `python -m experiments.inception`, with its folder in the workdir and its
 output beside it; KEY=VALUE changes the configuration of all of them. On CPU as many run
 side by side as there are cores, since a step gains little from a second one; on an

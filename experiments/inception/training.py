@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,23 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-import bn_jax
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints.save import Checkpoints
 from experiments.configuration.fields import (
     ConfigError,
 )
 from experiments.data.datasets import NUM_CLASSES, load_splits
 from experiments.distributed import parallel
-from experiments.distributed.processes import on_first, say, together
+from experiments.distributed.processes import (
+    in_every_process,
+    in_first_process,
+    print_once,
+)
 from experiments.inception.config import CONFIGURATION
 from experiments.inception.data import Data, LoadSplits
 from experiments.inception.description import as_table, describe
 from experiments.inception.experiment import NETWORK, Experiment
 from experiments.inception.network import Inception, table_rows
-from experiments.running import dry_run
+from experiments.running import dry_run, provenance
 from experiments.running.loop import Plan, Trained, fit
 from experiments.running.metrics import finite
 from experiments.running.record import Measured, Record
@@ -60,25 +62,27 @@ def run(
         names say; the message says what to do.
     """
     check_config(config)
-    data = together(lambda: Data(config, data_dir, load))
+    data = in_every_process(lambda: Data(config, data_dir, load))
     if config["dry_run"]:
         experiment = Experiment(config, data.train.num_classes, network)
-        say(dry_run.report(config, _measure(experiment, data)))
+        print_once(dry_run.report(config, _measure(experiment, data)))
         return
     with open_run(workdir, _described(config, data), CONFIGURATION):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
-            say(f"{workdir} holds this run, finished; nothing to do.")
+            print_once(f"{workdir} holds this run, finished; nothing to do.")
         else:
             examples = data.device_examples() if data.on_device else None
             experiment = Experiment(config, data.train.num_classes, network, examples)
             summary = _train_and_evaluate(experiment, data, workdir)
             text = json.dumps(finite(summary), indent=2) + "\n"
             # Last, as it marks the run as finished.
-            on_first(lambda: write_whole(summary_path, text))
+            in_first_process(lambda: write_whole(summary_path, text))
             data.report_undecodable()
-        say(as_text(read_json(summary_path)))
-    say(f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}.")
+        print_once(as_text(read_json(summary_path)))
+    print_once(
+        f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}."
+    )
 
 
 def _described(config: Mapping[str, Any], data: Data) -> dict[str, Any]:
@@ -132,16 +136,10 @@ def _train_and_evaluate(
     final = None
     if trained.diverged_at is None:
         final = _evaluate_finally(experiment, data, trained, workdir)
-    config, device = experiment.config, jax.local_devices()[0]
+    config = experiment.config
     best = max(trained.rows["metrics"], key=lambda row: row["top1"])
     return {
-        "bn_jax": bn_jax.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": jax.default_backend(),
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
+        **provenance.describe(),
         "config": dict(config),
         "data": data.description,
         "num_parameters": sum(

@@ -1,7 +1,7 @@
 """Trains the network of section 4.1 with and without batch normalisation.
 
     python -m experiments.mnist [--workdir=runs/mnist] [--config.KEY=VALUE ...]
-    python -m experiments.mnist --config=experiments/configs/mnist.py:rates
+    python -m experiments.mnist --config=rates
 
 Both networks, several seeds each, train side by side on the bundled MNIST or on any
 image classification set that tensorflow-datasets has prepared in --data_dir. The

@@ -1,7 +1,7 @@
 """Section 4.1: a sigmoid network on MNIST, with and without batch normalisation.
 
     python -m experiments.mnist
-    python -m experiments.mnist --config=experiments/configs/mnist.py:rates
+    python -m experiments.mnist --config=rates
 
 The first draws figure 1; the second trains both networks at many learning rates and
 initial weights side by side, and draws accuracy against rate. README.md has the time

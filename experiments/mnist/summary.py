@@ -1,13 +1,12 @@
 """What an MNIST run showed, from its rows: numbers for `summary.json` and a table."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-import bn_jax
+from experiments.running import provenance
+from experiments.running.tables import spread, table
 from experiments.training.evaluation import PERCENTILES
 
 ACCURACY_LEVELS = (90, 95, 97)  # percent
@@ -36,12 +35,7 @@ def summarise(
       percentiles of the sigmoids' inputs travelled.
     """
     return {
-        "bn_jax": bn_jax.__version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": jax.default_backend(),
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
+        **provenance.describe(),
         "config": dict(config),
         "networks": {
             name: _summarise_network(
@@ -79,25 +73,21 @@ def as_table(summary: Mapping[str, Any]) -> str:
     header += [f"steps to {level}%" for level in ACCURACY_LEVELS]
     probed = "sigmoid_input" in first
     header += ["a median travels"] * probed
-    table = [header]
+    rows = []
     for name, entries in summary["networks"].items():
         for entry in entries:
             accuracy = entry["accuracy"]
             row = [name, f"{entry['learning_rate']:g}", f"{entry['initial_std']:g}"]
-            row += [_spread(accuracy[step]["moving_average"]) for step in steps]
-            row += [_spread(accuracy[steps[-1]]["population"])]
+            row += [spread(accuracy[step]["moving_average"]) for step in steps]
+            row += [spread(accuracy[steps[-1]]["population"])]
             row += [
                 "never" if mean is None else f"{mean:.0f}"
                 for mean in (level["mean"] for level in entry["steps_to"].values())
             ]
             if probed:
-                row.append(_spread(entry["sigmoid_input"]["travel"]["50"]))
-            table.append(row)
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in table
-    )
+                row.append(spread(entry["sigmoid_input"]["travel"]["50"]))
+            rows.append(row)
+    return table(header, rows, markdown=False)
 
 
 def _summarise_network(
@@ -179,11 +169,3 @@ def _travel(tracks: np.ndarray) -> np.ndarray:
     """(evaluations, percentiles, units) -> travel (percentiles, units)."""
     travel: np.ndarray = np.ptp(tracks, axis=0)
     return travel
-
-
-def _spread(statistics: Mapping[str, Any]) -> str:
-    if statistics["mean"] is None:
-        return "not finite"
-    if statistics["std"] is None:
-        return f"{statistics['mean']:.2f}"
-    return f"{statistics['mean']:.2f} ± {statistics['std']:.2f}"

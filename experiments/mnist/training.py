@@ -15,7 +15,11 @@ from experiments.configuration.fields import (
 )
 from experiments.data.image_set import load_image_set
 from experiments.distributed import parallel
-from experiments.distributed.processes import on_first, say, together
+from experiments.distributed.processes import (
+    in_every_process,
+    in_first_process,
+    print_once,
+)
 from experiments.mnist import figures
 from experiments.mnist.config import CONFIGURATION
 from experiments.mnist.experiment import Experiment
@@ -51,7 +55,7 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
     """
     check_config(config)
     parallel.check_launch(config)
-    data = together(lambda: load_image_set(config["dataset"], data_dir))
+    data = in_every_process(lambda: load_image_set(config["dataset"], data_dir))
     if config["batch_size"] > len(data.train_images):
         raise ConfigError(
             f"--config.batch_size={config['batch_size']} is more than the "
@@ -63,22 +67,22 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
             "or 2 and more of a larger test set."
         )
     if config["dry_run"]:
-        say(dry_run.report(config, _measure(Experiment(config, data))))
+        print_once(dry_run.report(config, _measure(Experiment(config, data))))
         return
     fingerprint = f"{google_crc32c.value(data.train_images.tobytes()):08x}"
     with open_run(workdir, {**config, "data_checksum": fingerprint}, CONFIGURATION):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
-            say(f"{workdir} holds this run, finished; nothing to do.")
-            say(as_table(read_json(summary_path)))
+            print_once(f"{workdir} holds this run, finished; nothing to do.")
+            print_once(as_table(read_json(summary_path)))
             return
         experiment = Experiment(config, data)
         record = Record(workdir, config, rows_per_evaluation(experiment))
         began = time.monotonic()
         trained = train(experiment, record)
-        say(f"Trained in {time.monotonic() - began:.1f} s.")
-        on_first(lambda: _conclude(experiment, trained, workdir))
-    say(f"Figures, summary.json, metrics and checkpoints are in {workdir}.")
+        print_once(f"Trained in {time.monotonic() - began:.1f} s.")
+        in_first_process(lambda: _conclude(experiment, trained, workdir))
+    print_once(f"Figures, summary.json, metrics and checkpoints are in {workdir}.")
 
 
 def _conclude(experiment: Experiment, trained: Trained, workdir: Path) -> None:

@@ -187,9 +187,9 @@ def _one_line_errors(advice: str) -> Iterator[None]:
     except (LostProcessError, PreemptedError) as error:
         _fail(str(error), TRY_AGAIN, alone=isinstance(error, LostProcessError))
     except EXPECTED_ERRORS as error:
-        _fail(str(error), alone=not processes.is_told(error))
+        _fail(str(error), alone=not processes.is_known_to_all(error))
     except OSError as error:
-        _fail(f"{error}{advice}", alone=not processes.is_told(error))
+        _fail(f"{error}{advice}", alone=not processes.is_known_to_all(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted{advice}")
         _exit(INTERRUPTED, alone=True)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments.distributed import preemption
-from experiments.distributed.processes import say
+from experiments.distributed.processes import print_once
 from experiments.distributed.progress import progress_bar
 from experiments.running.record import Measured, Record, States
 
@@ -104,7 +104,7 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
                 continue
             means, diverged_at = losses.look(done)
             if diverged_at is not None:
-                say(f"\nDiverged: the loss of step {diverged_at} is not finite.")
+                print_once(f"\nDiverged: the loss of step {diverged_at} is not finite.")
                 return Trained(states, diverged_at, _rows(plan), diverged_at)
             score = None
             if done in evaluations:
@@ -177,4 +177,4 @@ class _Losses:
         }
         for name in sorted(names - self._diverged):
             self._diverged.add(name)
-            say(f"\nDiverged by step {step}: {name}. The others go on.")
+            print_once(f"\nDiverged by step {step}: {name}. The others go on.")

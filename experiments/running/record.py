@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from tensorboardX import SummaryWriter
 
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints.save import Checkpoints
 from experiments.distributed import parallel
-from experiments.distributed.processes import is_first, say, together
+from experiments.distributed.processes import in_every_process, is_first, print_once
 from experiments.running.metrics import MetricsLog
 from experiments.training.state import TrainState
 
@@ -66,7 +66,9 @@ class Record:
             done = [at for at in evaluations if step is not None and at <= step]
             self._open_logs(stack, done, 0 if step is None else step + 1)
             if restored:
-                say(f"Going on from the checkpoint of step {step} in {self._workdir}.")
+                print_once(
+                    f"Going on from the checkpoint of step {step} in {self._workdir}."
+                )
             yield step, restored[1] if restored else states
 
     def _open_logs(
@@ -76,7 +78,7 @@ class Record:
         for name, count in self._logs.items():
             kept = [step for step in done for _ in range(count)]
             path = self._workdir / f"{name}.jsonl"
-            log = together(lambda: MetricsLog(path, kept, writes=is_first()))  # noqa: B023
+            log = in_every_process(lambda: MetricsLog(path, kept, writes=is_first()))  # noqa: B023
             self._files[name] = log
             stack.callback(log.close)
         self._events = SummaryWriter(

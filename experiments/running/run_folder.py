@@ -55,14 +55,14 @@ def open_run(
             stack.callback(lock.close)
             (workdir / FAILURE_FILE).unlink(missing_ok=True)
 
-        processes.on_first(open_first)
-        processes.together(lambda: _check_seen(workdir, config, configuration))
+        processes.in_first_process(open_first)
+        processes.in_every_process(lambda: _check_seen(workdir, config, configuration))
         try:
             yield
         except PreemptedError:
             raise
         except Exception as error:
-            if jax.process_count() == 1 or processes.is_told(error):
+            if jax.process_count() == 1 or processes.is_known_to_all(error):
                 raise
             if (explanation := _explain(error, workdir)) is None:
                 raise

@@ -8,11 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.inception.comparison.models import FINISHED
-from experiments.inception.comparison.tables import (
-    accuracy,
-    digits_to_show,
-    steps_in_words,
-)
+from experiments.inception.comparison.tables import digits_to_show, steps_in_words
+from experiments.running.tables import spread
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow;
 # then three darker ones. The styles help where colours alone do not.
@@ -214,7 +211,7 @@ def _bars_of_accuracy(
         axes.barh(position, mean, color=color, height=0.6)
         if std:
             axes.errorbar(mean, position, xerr=std, color="0.5", capsize=2)
-        _write(axes, mean + std, position, accuracy(model["best"], digits))
+        _write(axes, mean + std, position, spread(model["best"], digits))
     axes.set_xlim(0, 1.4 * max(level, *(model["best"]["mean"] for model in models)))
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
 

@@ -9,7 +9,7 @@ from experiments.inception.comparison.models import (
     STATISTICS,
     PaperRow,
 )
-from experiments.running.markdown import NOTHING, table
+from experiments.running.tables import NOTHING, spread, table
 
 NOT_IN_PAPER = PaperRow(None, None, NOTHING, None)
 MAX_DIGITS = 6
@@ -40,7 +40,7 @@ def comparison_page(comparison: Comparison) -> str:
                 f"{paper.steps / 1e6:.1f}M" if paper.steps else paper.outcome,
                 _or_nothing(model["ratio"], ",.2f"),
                 _or_nothing(paper_ratio, ".1f"),
-                accuracy(model["best"], digits),
+                spread(model["best"], digits),
                 f"{model['best']['step']:,}",
                 _or_nothing(paper.best, ".1f"),
             ]
@@ -82,7 +82,7 @@ def rates_page(comparison: Comparison) -> str:
         complete = [point for point in family["points"] if point["state"] == FINISHED]
         highest = max((point["best"]["mean"] for point in complete), default=None)
         for point in family["points"]:
-            cell = accuracy(point["best"])
+            cell = spread(point["best"])
             if point["state"] != FINISHED:
                 cell = f"{point['state']} ({cell})"
             elif point["best"]["mean"] == highest:
@@ -122,12 +122,6 @@ def digits_to_show(comparison: Comparison) -> int:
         ):
             return digits
     return MAX_DIGITS
-
-
-def accuracy(spread: Mapping[str, Any], digits: int = 2) -> str:
-    """A mean, with its standard deviation if there is one."""
-    std = "" if spread["std"] is None else f" ± {spread['std']:.{digits}f}"
-    return f"{spread['mean']:.{digits}f}{std}"
 
 
 def steps_in_words(model: Model) -> str:
@@ -186,9 +180,7 @@ def _final_table(models: Sequence[Model]) -> str:
     for model in models:
         finals = [model["final"][kind] for kind in STATISTICS]
         cells = [
-            f"{accuracy(final['top1'])} / {accuracy(final['top5'])}"
-            if final
-            else NOTHING
+            f"{spread(final['top1'])} / {spread(final['top5'])}" if final else NOTHING
             for final in finals
         ]
         seeds = ", ".join(str(seed) for seed in model["seeds"])

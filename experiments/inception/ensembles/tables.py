@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments.inception.comparison.figures import COLORS, LINE_WIDTH
-from experiments.running.markdown import NOTHING, table
+from experiments.running.tables import NOTHING, table
 
 PAPER_DATASET = "imagenet2012"
 ERRORS = {"top1_error": "top-1 error", "top5_error": "top-5 error"}

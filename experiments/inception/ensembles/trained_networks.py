@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.checkpoints.saving import restore_newest
+from experiments.checkpoints.save import restore_newest
 from experiments.configuration.fields import ConfigError, Role
 from experiments.data.datasets import load_splits
 from experiments.data.errors import DataError

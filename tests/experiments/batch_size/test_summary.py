@@ -85,3 +85,14 @@ def test_figure_has_a_panel_an_order(summary):
 def test_every_method_has_a_label_and_a_style():
     methods = METHODS
     assert set(methods) == set(NORMALISATIONS) == set(LABELS) == set(STYLES)
+
+
+def test_a_method_without_a_label_stands_in_table_and_figure():
+    summary = summarise(
+        get_config().to_dict(), [*ROWS, row("mine", "shuffled", 8, [[1, 1]], [[7, 9]])]
+    )
+    text = page(summary)
+    assert "| mine " in text
+    assert "8.0 ± 1.4" in text
+    (panel, _) = draw(summary).axes
+    assert "mine" in panel.get_legend_handles_labels()[1]

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.checkpoints import saving
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints import save as saving
+from experiments.checkpoints.save import Checkpoints
 from experiments.checkpoints.stored import CheckpointError, DamagedError
 from experiments.training.state import TrainState
 

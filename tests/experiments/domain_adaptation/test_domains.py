@@ -78,9 +78,9 @@ def test_table(results):
     page = domains.page(results)
     lines = page.splitlines()
     assert len(lines) == 2 + len(domains.DOMAINS)
-    assert domains.spread(results["added noise"]["batch_norm"]["new"]) in page
-    assert domains.spread([90.0, 92.0]) == "91.00 ± 1.41"
-    assert domains.spread([90.0]) == "90.00"
+    assert domains._spread(results["added noise"]["batch_norm"]["new"]) in page
+    assert domains._spread([90.0, 92.0]) == "91.00 ± 1.41"
+    assert domains._spread([90.0]) == "90.00"
 
 
 def run_command(*arguments):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints.saving import restore_newest
+from experiments.checkpoints.save import restore_newest
 from experiments.configuration.fields import ConfigError
 from experiments.data.batches import batch_indices
 from experiments.data.errors import DataError

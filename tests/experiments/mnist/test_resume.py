@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from experiments.checkpoints.saving import restore_newest
+from experiments.checkpoints.save import restore_newest
 from experiments.checkpoints.stored import CheckpointError
 from experiments.mnist import training
 from experiments.mnist.training import run

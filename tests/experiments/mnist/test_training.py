@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from experiments.checkpoints.saving import restore_newest
+from experiments.checkpoints.save import restore_newest
 from experiments.configuration.fields import ConfigError
 from experiments.data.batches import batch_indices
 from experiments.distributed.parallel import DeviceError

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments.configuration.fields import Configuration, Field, Role
-from experiments.distributed.processes import TOLD, ProcessesError
+from experiments.distributed.processes import KNOWN_TO_ALL, ProcessesError
 from experiments.running import run_folder
 from experiments.running.run_folder import FAILURE_FILE, LostProcessError, open_run
 from experiments.running.workdir import WorkdirError
@@ -26,8 +26,10 @@ def second_of_two(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(run_folder, "SECONDS_FOR_NEWS", 0.3)
-    monkeypatch.setattr(run_folder.processes, "on_first", lambda function: None)
-    monkeypatch.setattr(run_folder.processes, "together", lambda function: function())
+    monkeypatch.setattr(run_folder.processes, "in_first_process", lambda function: None)
+    monkeypatch.setattr(
+        run_folder.processes, "in_every_process", lambda function: function()
+    )
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_another_that_left_no_word(workdir, second_of_two, message):
 
 def test_what_all_know_is_not_explained(workdir, second_of_two):
     error = WorkdirError("the disk is full")
-    error.add_note(TOLD)
+    error.add_note(KNOWN_TO_ALL)
     with (
         pytest.raises(WorkdirError, match="the disk is full"),
         open_run(workdir, CONFIG, CHOICES),

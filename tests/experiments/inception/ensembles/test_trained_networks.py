@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints.saving import Checkpoints, restore_newest
+from experiments.checkpoints.save import Checkpoints, restore_newest
 from experiments.checkpoints.stored import CheckpointError
 from experiments.configuration.fields import ConfigError
 from experiments.data.errors import DataError

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
-from experiments.checkpoints import saving, stored
-from experiments.checkpoints.saving import Checkpoints, restore_newest
+from experiments.checkpoints import save as saving
+from experiments.checkpoints import stored
+from experiments.checkpoints.save import Checkpoints, restore_newest
 from experiments.checkpoints.stored import (
     ARRAY_ITEMS,
     CheckpointError,

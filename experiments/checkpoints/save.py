@@ -30,7 +30,7 @@ from experiments.checkpoints.stored import (
     stored_steps,
 )
 from experiments.distributed.agreement import as_first_process, first_message
-from experiments.distributed.processes import TOLD, on_first, say
+from experiments.distributed.processes import KNOWN_TO_ALL, in_first_process, print_once
 from experiments.running import provenance
 from experiments.running.metrics import finite
 from experiments.training.state import TrainState
@@ -195,7 +195,7 @@ def restore_newest(
         arrays, problem = _try_to_read(folder, targets)
         problem = first_message(problem)
         if not problem:
-            on_first(lambda: _report(damaged, set_aside))
+            in_first_process(lambda: _report(damaged, set_aside))
             leaves = [_place(arrays[name], leaf) for name, leaf in targets.items()]
             restored = jax.tree.unflatten(jax.tree.structure(items), leaves)
             return step, {
@@ -250,13 +250,13 @@ def _report(damaged: Mapping[Path, str], set_aside: bool) -> None:
                     f"checkpoint {folder} is damaged ({reason}), and cannot be renamed "
                     f"({error.strerror}); move it away."
                 ) from None
-        say(f"Checkpoint {folder} is damaged ({reason}){kept} and left out.")
+        print_once(f"Checkpoint {folder} is damaged ({reason}){kept} and left out.")
 
 
 def _agreed(message: str) -> CheckpointError:
     """An error that all processes have come to."""
     error = CheckpointError(message)
-    error.add_note(TOLD)
+    error.add_note(KNOWN_TO_ALL)
     return error
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.checkpoints.restoring import adapt, load_variables
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints.load import adapt, load_variables
+from experiments.checkpoints.save import Checkpoints
 from experiments.checkpoints.stored import CheckpointError, named_leaves
 from experiments.mnist.network import MLP
-from experiments.training.steps import init_state, make_optimiser
+from experiments.training.optimisers import make_optimiser
+from experiments.training.steps import init_state
 from tests.experiments.helpers import (
     ORBAX_LEFTOVERS,
     assert_trees_identical,
@@ -21,7 +22,7 @@ from tests.experiments.helpers import (
 )
 
 MODEL = MLP(hidden=(3, 2), num_classes=4)
-OPTIMISER = make_optimiser(0.9)
+OPTIMISER = make_optimiser(momentum=0.9)
 
 pytestmark = pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
 
