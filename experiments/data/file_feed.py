@@ -325,8 +325,10 @@ def _prepare_worker(number: int, count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     # Every core has a worker; OpenCV's own threads would only compete with them.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches all processes of a terminal; the parent decides what it means.
+    # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job:
+    # the parent decides what they mean, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

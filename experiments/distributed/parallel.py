@@ -230,14 +230,14 @@ def own_part(array: np.ndarray, axis: int) -> np.ndarray:
 
 
 def place(array: np.ndarray) -> Any:
-    """Starts copying this process' part of a batch to its devices, divided over them.
+    """Starts copying a batch to the devices, divided over them as `shard` does it.
 
-    Of several processes each divides it alone: JAX then copies it with the call.
+    Where there are several processes it stays as it is: JAX copies it with the call.
     """
-    parts = shard(array, axis=0)
     if jax.process_count() > 1:
-        return parts
-    return jax.device_put(parts, NamedSharding(_mesh(), PartitionSpec(DEVICE_AXIS)))
+        return array
+    sharding = NamedSharding(_mesh(), PartitionSpec(DEVICE_AXIS))
+    return jax.device_put(shard(array, axis=0), sharding)
 
 
 def shard(array: jax.Array | np.ndarray, axis: int) -> np.ndarray:

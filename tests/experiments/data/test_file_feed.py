@@ -301,6 +301,15 @@ def test_workers_end_when_the_consumer_stops_or_a_file_is_damaged(tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_workers_alone_changes_nothing(what, tmp_path):
+    batches = train(NumberedSplit(log=tmp_path), range(40), workers=2)
+    first = [next(batches), next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, what)
+    assert_same([*first, *batches], list(train(NumberedSplit(), range(40))))
+
+
 CONSUMER = """
 import sys, time
 from pathlib import Path
