@@ -325,7 +325,7 @@ def _prepare_worker(number: int, count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     # Every core has a worker; OpenCV's own threads would only compete with them.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job:
+    # Ctrl-C reaches all processes of a terminal, a scheduler's SIGTERM all of a job:
     # the parent decides what they mean, and may still want batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
