@@ -8,13 +8,17 @@ version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 environment := $(VENV)/.made-with-$(version)
 sources := pyproject.toml bn_jax/__init__.py
 
-.PHONY: mnist test test-slow lint types benchmarks
+.PHONY: mnist test test-core test-slow lint types benchmarks
 
 mnist: $(environment)/installed
 	$(run) -m experiments.mnist
 
 test: $(environment)/installed-test
 	$(run) -m pytest --numprocesses=2
+
+# The library alone, without the experiments.
+test-core: $(environment)/installed-test
+	$(run) -m pytest --numprocesses=2 tests/bn_jax
 
 test-slow: $(environment)/installed-test
 	$(run) -m pytest -m slow --numprocesses=2

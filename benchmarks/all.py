@@ -17,6 +17,7 @@ def main() -> None:
     """Runs all; stops at the first that fails."""
     parser = results.Parser(prog="python -m benchmarks.all", description=__doc__)
     parser.add_argument("--tensorflow_python", help="a Python that has TensorFlow")
+    parser.add_argument("--images", help="a folder of JPEGs for the benchmark of input")
     parser.add_argument("--cores", help="as each benchmark's --help says")
     parser.add_argument("--rounds", help="as each benchmark's --help says")
     arguments = parser.parse_args()
@@ -25,8 +26,9 @@ def main() -> None:
         for flag in ("cores", "rounds"):
             value = getattr(arguments, flag)
             command += [f"--{flag}={value}"] if value else []
-        if name == "input" and arguments.tensorflow_python:
-            command.append(f"--tensorflow_python={arguments.tensorflow_python}")
+        for flag in ("tensorflow_python", "images") if name == "input" else ():
+            value = getattr(arguments, flag)
+            command += [f"--{flag}={value}"] if value else []
         print(f"\n== {' '.join(command[1:])}", flush=True)
         begin = time.perf_counter()
         subprocess.run(command, check=True)

@@ -29,7 +29,7 @@ from benchmarks.libraries import (
     nnx_train,
     torch_train,
 )
-from experiments.running.markdown import table
+from experiments.running.tables import table
 
 NO_SUCH_FUNCTION = "-"
 YES, NO = "yes", "no"

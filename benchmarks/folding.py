@@ -20,9 +20,9 @@ import jax
 
 import bn_jax.linen
 from bn_jax.linen_folding import apply_folded, check_folded, fold_batch_norms
-from experiments.models.inception import Inception
-from experiments.models.mlp import MLP
-from experiments.running.markdown import table
+from experiments.inception.network import Inception
+from experiments.mnist.network import MLP
+from experiments.running.tables import table
 
 ROUNDS = 60
 INCEPTION = Inception(

@@ -1,20 +1,23 @@
-"""JPEG pipelines: ours, tf.data and the decoder alone; and how long training waits.
+"""The feed's images a second against workers, beside other pipelines; and the wait.
 
-Synthetic JPEGs of 500 x 375, from memory; random crops resized to 224, and mirrored.
-The decoder alone decodes the whole images with OpenCV in as many threads as there are
-cores. tf.data runs in the Python that --tensorflow_python names, and is skipped without
-one. The last row trains Inception (64 x 64, width 1/4) from our pipeline and tells the
-share of the time for which the step waits for its images.
+JPEGs, those of --images or else synthetic ones of 500 x 375, from memory; random crops
+resized to 224, and mirrored. The feed of the experiments and torch's DataLoader make
+them in as many worker processes as the row says; the decoder alone decodes whole images
+with OpenCV in as many processes; tf.data, in the Python that --tensorflow_python names,
+in as many threads. Every contestant runs alone: its workers start, make some batches,
+and are timed for the next. The last line trains Inception (64 x 64, width 1/4) from the
+feed and tells the share of the time for which the step waits for its images.
 """
 
 import argparse
-import itertools
+import importlib.util
+import multiprocessing
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +25,44 @@ import cv2
 import jax
 import numpy as np
 
-from benchmarks import measuring, network, results
+from benchmarks import network, results
 from experiments.data.crops import training_crop
-from experiments.data.loader import UndecodableImages, training_batches
+from experiments.data.device_augmentation import DeviceExamples
+from experiments.data.file_feed import UndecodableImages, all_cores, training_batches
 from experiments.data.splits import Augmentation, Example
 
-IMAGES, BATCH, BATCHES_A_ROUND = 256, 32, 8
+SYNTHETIC_IMAGES, BATCH, SIZE = 256, 32, 224
+WARM_UP, BATCHES = 8, 40  # that a contestant makes before it is timed, and then
+EPOCH = 2_560  # examples: files are repeated, as real sets are larger
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
-ROUNDS = 7
+ROUNDS = 5
+FEED, DECODER = "bn_jax's experiments", "OpenCV's decoder alone"
 
 
 class MemorySplit:
     """Encoded images in memory, as a split of training examples."""
 
     num_classes = 10
+    device_bytes = None
 
     def __init__(self, encoded: Sequence[bytes], image_size: int) -> None:
         """Takes the files' contents and the size of crops."""
         self._encoded = encoded
         self._augmentation = Augmentation(image_size, 0.08, True, 0.875)
-        self.shard_lengths = (len(encoded),)
+        self.shard_lengths = (len(self),)
 
     def __len__(self) -> int:
-        """The number of images."""
-        return len(self._encoded)
+        """The number of examples."""
+        return max(len(self._encoded), EPOCH)
+
+    def device_examples(self, report: Callable[[str], None]) -> DeviceExamples:
+        """Not needed: the images have several sizes."""
+        raise NotImplementedError
 
     def training_example(self, index: int, random: np.random.Generator) -> Example:
         """Decodes and augments an image."""
-        crop = training_crop(self._encoded[index], self._augmentation, random)
+        encoded = self._encoded[index % len(self._encoded)]
+        crop = training_crop(encoded, self._augmentation, random)
         return Example(crop, index % self.num_classes)
 
     def evaluation_example(self, index: int, crops: int) -> Example:
@@ -57,53 +70,59 @@ class MemorySplit:
         raise NotImplementedError
 
 
+class Torch:
+    """The same images as a map-style data set of torch's."""
+
+    def __init__(self, split: MemorySplit) -> None:
+        """Takes the images."""
+        self._split = split
+
+    def __len__(self) -> int:
+        """The number of examples that one run takes."""
+        return BATCH * (WARM_UP + BATCHES + 100)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Decodes and augments an image, by a generator of its own."""
+        random = np.random.default_rng(index)
+        example = self._split.training_example(index % len(self._split), random)
+        return example.images, example.label
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints a table and writes the results."""
-    rounds = arguments.rounds or (2 if arguments.tiny else ROUNDS)
-    count = 1 if arguments.tiny else BATCHES_A_ROUND
+    rounds = arguments.rounds or (1 if arguments.tiny else ROUNDS)
     machine = results.machine()
-    encoded = make_images(16 if arguments.tiny else IMAGES)
-    cores = len(os.sched_getaffinity(0))
-    batches = _batches(encoded, 224, cores)
-    pool = ThreadPoolExecutor(cores)
-
-    def decode_alone(turn: int) -> None:
-        chosen = [encoded[i % len(encoded)] for i in range(count * BATCH)]
-        list(pool.map(_decode, chosen))
-
-    calls: dict[str, Callable[[int], Any]] = {
-        "bn_jax's experiments": lambda turn: list(itertools.islice(batches, count)),
-        "OpenCV's decoder alone": decode_alone,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        for number, image in enumerate(encoded):
-            (Path(folder) / f"{number:04}.jpeg").write_bytes(image)
-        python = arguments.tensorflow_python
-        other = _TensorFlow(python, folder) if python else None
-        if other is None:
-            print("skipped: tf.data, since no --tensorflow_python is given")
-        timings = measuring.time_in_turns(calls, rounds)
-        if other is not None:
-            # It keeps its own time, which on one core is its processor's.
-            timings |= _against(calls, other, count, rounds)
-            other.close()
-    rows = [
-        {
-            "name": name,
-            **timing._asdict(),
-            "images_per_second": 1e3 * count * BATCH / timing.median,
-            "images_per_second_and_core": 1e3 * count * BATCH / timing.median / cores,
-        }
-        for name, timing in timings.items()
-    ]
-    columns = {
-        "": "name",
-        "images/s": "images_per_second",
-        "per core": "images_per_second_and_core",
-        "time/ours": "ratio",
-    }
-    body = [[row[key] for key in columns.values()] for row in rows]
-    print(results.table(list(columns), body))
+    encoded = read_images(arguments.images, 8 if arguments.tiny else SYNTHETIC_IMAGES)
+    cores = all_cores()
+    workers = [2**power for power in range(cores.bit_length())]
+    contestants = [(FEED, count, _feed) for count in workers]
+    contestants += [(DECODER, count, _decoder) for count in workers]
+    if importlib.util.find_spec("torch"):
+        contestants += [("torch's DataLoader", count, _torch) for count in workers]
+    else:
+        print("skipped, not installed: torch")
+    if arguments.tensorflow_python:
+        start = _TensorFlow(arguments.tensorflow_python)
+        contestants += [("tf.data", count, start) for count in workers]
+    else:
+        print("skipped: tf.data, since no --tensorflow_python is given")
+    if arguments.tiny:
+        contestants = [entry for entry in contestants if entry[1] == 1]
+    batches = 2 if arguments.tiny else BATCHES
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name, count, start in contestants:
+            rate = images_per_second(start(encoded, count), batches)
+            rates.setdefault((name, count), []).append(rate)
+    rows = []
+    for (name, count), found in rates.items():
+        alone = np.array(rates[DECODER, count])
+        low, median, high = np.percentile(found, (25, 50, 75))
+        row = {"low": low, "images_per_second": median, "high": high}
+        row["share_of_decoder"] = np.median(np.array(found) / alone)
+        rows.append({"name": name, "workers": count} | _plain(row))
+    body = [list(row.values()) for row in rows]
+    print(results.table(list(rows[0]), body))
     waiting = waiting_share(encoded, cores, 2 if arguments.tiny else 30)
     print(f"a training step waits for its images {100 * waiting:.1f}% of its time")
     size = float(np.mean([len(image) for image in encoded])) / 1e3
@@ -111,11 +130,25 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.output,
         {
             "machine": machine,
+            "images": "files" if arguments.images else "synthetic",
             "kilobytes_an_image": size,
             "waiting_share": waiting,
             "rows": rows,
         },
     )
+
+
+def read_images(folder: str | None, number: int) -> list[bytes]:
+    """The JPEGs of a folder, or synthetic ones without any."""
+    if folder is None:
+        return make_images(number)
+    paths = [p for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in SUFFIXES]
+    if not paths:
+        raise SystemExit(f"error: --images={folder}: expected a folder of JPEGs.")
+    return [path.read_bytes() for path in paths]
+
+
+SUFFIXES = (".jpg", ".jpeg")
 
 
 def make_images(number: int) -> list[bytes]:
@@ -129,17 +162,30 @@ def make_images(number: int) -> list[bytes]:
             image += scale**0.6 * cv2.resize(noise.astype(np.float32), (WIDTH, HEIGHT))
         image += rng.normal(0, 1.2, image.shape)
         pixels = np.clip(128 + 6 * image, 0, 255).astype(np.uint8)
-        encoded.append(
-            cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[
-                1
-            ].tobytes()
-        )
+        quality = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+        encoded.append(cv2.imencode(".jpg", pixels, quality)[1].tobytes())
     return encoded
 
 
-def waiting_share(encoded: Sequence[bytes], cores: int, steps: int) -> float:
-    """Trains some steps from the pipeline; returns the share of the time waited."""
-    batches = _batches(encoded, 64, cores)
+def images_per_second(batches: Iterator[int], count: int) -> float:
+    """How fast a pipeline is, once it runs; ends it.
+
+    Args:
+      batches: yields how many images it has made.
+      count: batches to time.
+    """
+    for _ in range(WARM_UP):
+        next(batches)
+    began = time.perf_counter()
+    made = sum(next(batches) for _ in range(count))
+    seconds = time.perf_counter() - began
+    batches.close()  # type: ignore[attr-defined]
+    return made / seconds
+
+
+def waiting_share(encoded: Sequence[bytes], workers: int, steps: int) -> float:
+    """Trains some steps from the feed; returns the share of the time waited."""
+    batches = feed(encoded, 64, workers)
     model = network.make_network(
         "inception", network.contestants()["bn_jax"].norm, 1 / 4, "float32"
     )
@@ -159,65 +205,100 @@ def waiting_share(encoded: Sequence[bytes], cores: int, steps: int) -> float:
         if number:  # the first compiles
             waited += ready - begin
             total += time.perf_counter() - begin
+    batches.close()
     return waited / total
 
 
-def _batches(encoded: Sequence[bytes], image_size: int, threads: int) -> Any:
+def feed(encoded: Sequence[bytes], image_size: int, workers: int) -> Any:
+    """The feed of the experiments, without end."""
     return training_batches(
         MemorySplit(encoded, image_size),
         range(1 << 30),
         seed=0,
-        batch_size=min(BATCH, len(encoded)),
+        batch_size=BATCH,
         shuffle="examples",
-        threads=threads,
+        workers=workers,
         undecodable=UndecodableImages(0),
     )
 
 
-def _decode(encoded: bytes) -> None:
-    cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+def _feed(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+    batches = feed(encoded, SIZE, workers)
+    try:
+        for batch in batches:
+            yield len(batch.labels)
+    finally:
+        batches.close()
+
+
+def _torch(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+    from torch.utils.data import DataLoader
+
+    images: Any = Torch(MemorySplit(encoded, SIZE))
+    loader = DataLoader(
+        images, BATCH, num_workers=workers, multiprocessing_context="spawn"
+    )
+    for _, labels in loader:
+        yield len(labels)
+
+
+def _decoder(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+    chosen = [encoded[i % len(encoded)] for i in range(workers * BATCH)]
+    parts = [chosen[i::workers] for i in range(workers)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        while True:
+            yield sum(pool.map(_decode, parts))
+
+
+def _decode(encoded: Sequence[bytes]) -> int:
+    cv2.setNumThreads(0)
+    for image in encoded:
+        cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return len(encoded)
 
 
 class _TensorFlow:
     """tf.data in another Python."""
 
-    def __init__(self, python: str, folder: str) -> None:
-        script = Path(__file__).with_name("tensorflow_input.py")
-        self._process = subprocess.Popen(
-            [python, str(script), folder, "224", str(BATCH)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+    def __init__(self, python: str) -> None:
+        self._python = python
 
-    def seconds(self, count: int) -> float:
-        """Makes so many batches."""
-        assert self._process.stdin
-        assert self._process.stdout
-        print(count, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+    def __call__(self, encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+        with tempfile.TemporaryDirectory() as folder:
+            for number, image in enumerate(encoded):
+                (Path(folder) / f"{number:04}.jpeg").write_bytes(image)
+            script = Path(__file__).with_name("tensorflow_input.py")
+            arguments = [folder, str(SIZE), str(BATCH), str(workers)]
+            with subprocess.Popen(
+                [self._python, str(script), *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            ) as process:
+                assert process.stdin
+                assert process.stdout
+                try:
+                    while True:
+                        print(1, file=process.stdin, flush=True)
+                        process.stdout.readline()
+                        yield BATCH
+                finally:
+                    process.stdin.close()
 
-    def close(self) -> None:
-        self._process.communicate()
 
-
-def _against(
-    calls: dict[str, Callable[[int], Any]], other: _TensorFlow, count: int, rounds: int
-) -> dict[str, measuring.Timing]:
-    ours = next(iter(calls.values()))
-    other.seconds(count)
-    pairs = [
-        (measuring.elapsed(ours, turn), 1e3 * other.seconds(count))
-        for turn in range(rounds)
-    ]
-    mine, theirs = np.array(pairs).T
-    return {"tf.data": measuring.timing(theirs, mine)}
+def _plain(row: dict[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items()}
 
 
 if __name__ == "__main__":
     given = results.parse(
-        __doc__, "input", tensorflow_python="a Python that has TensorFlow"
+        __doc__,
+        "input",
+        tensorflow_python="a Python that has TensorFlow",
+        images="a folder of JPEGs (default: synthetic ones)",
     )
-    measuring.prepare(given.cores)
+    if given.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-given.cores :])
     main(given)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import bn_jax
-from experiments.running.markdown import NOTHING, table
+from experiments.running.tables import NOTHING, table
 
 WIDTH, BATCH_SIZE, MICRO_BATCHES = 256, 4096, 16
 DEPTHS = (1, 3, 6)

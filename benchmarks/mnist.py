@@ -77,8 +77,8 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     import numpy as np
 
     from experiments.distributed import parallel
-    from experiments.models.mlp import MLP
-    from experiments.training import sgd
+    from experiments.mnist.network import MLP
+    from experiments.training import steps
 
     model = MLP(
         hidden=HIDDEN,
@@ -89,7 +89,7 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     )
     models = {"batch_norm": model}
     state = jax.vmap(
-        lambda seed: sgd.init_state(
+        lambda seed: steps.init_state(
             *(model, (images.shape[1],), jax.random.key(seed), RATE)
         )
     )(np.arange(1))
@@ -97,7 +97,7 @@ def _ours(images: Any, labels: Any, indices: Any) -> Callable[[int], None]:
     data = parallel.replicate((images, labels))
     shares = parallel.shard(indices[:, None], axis=2)
     advance = parallel.map_over_devices(
-        functools.partial(sgd.train_steps, models, 1.0),
+        functools.partial(steps.train_steps, models, 1.0),
         in_axes=(None, None, None, 0),
         donate_argnums=(0,),
     )

@@ -25,7 +25,7 @@ import optax
 import bn_jax.linen
 from benchmarks import measuring, peers, programs, results
 from benchmarks.resnet import ResNet50
-from experiments.models.inception import KEEP_CONVOLUTIONS, Inception
+from experiments.inception.network import KEEP_CONVOLUTIONS, Inception
 
 # Name, image size, width and batch.
 SETTINGS = {

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import compiled, peers, results
 from benchmarks.measuring import geometric_mean
+from experiments.running.tables import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # Not of `python -m benchmarks.all`: that needs no compilers of accelerators.
@@ -84,19 +85,6 @@ def describe(machine: dict[str, Any]) -> str:
         f"{machine['date']}, {machine['cores']} core(s) of {machine['processor']}, "
         f"{versions}; load of the machine before: {load:g}."
     )
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; numbers are rounded."""
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[_text(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
-    return "" if cell is None else str(cell)
 
 
 def _select(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -213,9 +201,9 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
     ]
     memory_head = ["", "dtype", "kept", "temporary", "large arrays written"]
     return {
-        "op-summary": markdown(head, summary),
-        "op-times": markdown(time_head, times),
-        "op-memory": markdown(memory_head, memory),
+        "op-summary": table(head, summary),
+        "op-times": table(time_head, times),
+        "op-memory": table(memory_head, memory),
     }
 
 
@@ -257,7 +245,7 @@ def network_tables(content: dict[str, Any]) -> dict[str, str]:
         "memory, MB": "temporary_megabytes",
     }
     return {
-        f"network-{mode}": markdown(
+        f"network-{mode}": table(
             list(keys),
             [
                 [row[key] for key in keys.values()]
@@ -282,31 +270,41 @@ def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
         "time / ours": "ratio",
     }
     body = [[row[key] for key in keys.values()] for row in content["rows"]]
-    return {"mnist": markdown(list(keys), body)}
+    return {"mnist": table(list(keys), body)}
 
 
 def draw_input(content: dict[str, Any]) -> Figure:
-    """Images a second."""
-    return _bars(
-        content["rows"], "images_per_second_and_core", "images a second and core"
-    )
+    """Images a second against workers."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for name in dict.fromkeys(row["name"] for row in content["rows"]):
+        own = _select(content["rows"], name=name)
+        workers = [row["workers"] for row in own]
+        panel.plot(workers, [row["images_per_second"] for row in own], "o-", label=name)
+    panel.set_xticks(sorted({row["workers"] for row in content["rows"]}))
+    panel.set_xlabel("worker processes (tf.data: threads)")
+    panel.set_ylabel("images a second")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    return figure
 
 
 def input_tables(content: dict[str, Any]) -> dict[str, str]:
     """One row a contestant, and the waiting share."""
     keys = {
         "": "name",
+        "workers": "workers",
         "images/s": "images_per_second",
-        "per core": "images_per_second_and_core",
-        "time / ours": "ratio",
+        "of the decoder alone": "share_of_decoder",
     }
     body = [[row[key] for key in keys.values()] for row in content["rows"]]
     waiting = (
-        f"JPEGs of {content['kilobytes_an_image']:.0f} KB. A training step of the "
-        "small Inception waits for its images "
+        f"JPEGs of {content['kilobytes_an_image']:.0f} KB ({content['images']}). A "
+        "training step of the small Inception waits for its images "
         f"{100 * content['waiting_share']:.1f}% of its time."
     )
-    return {"input": f"{markdown(list(keys), body)}\n\n{waiting}"}
+    return {"input": f"{table(list(keys), body)}\n\n{waiting}"}
 
 
 def _bars(rows: Sequence[dict[str, Any]], key: str, label: str) -> Figure:
@@ -367,7 +365,7 @@ def scaling_tables(content: dict[str, Any]) -> dict[str, str]:
     for name in ("devices", "checkpoint"):
         rows = content[name]
         head = [key.replace("_", " ") for key in rows[0]]
-        blocks[f"scaling-{name}"] = markdown(head, [list(row.values()) for row in rows])
+        blocks[f"scaling-{name}"] = table(head, [list(row.values()) for row in rows])
     return blocks
 
 
@@ -383,7 +381,7 @@ def compiled_tables(content: dict[str, Any]) -> dict[str, str]:
             if any(row[key] is not None for row in rows)
         }
         body = [[row[key] for key in shown.values()] for row in rows]
-        blocks[f"compiled-{target}"] = markdown(list(shown), body)
+        blocks[f"compiled-{target}"] = table(list(shown), body)
     return blocks
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from experiments.models.layers import CONVOLUTION_OUTPUT
+from experiments.inception.layers import CONVOLUTION_OUTPUT
 
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, channels of the 3x3
 EXPANSION = 4

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.running import tables
 from experiments.running.provenance import git_revision
 
 RESULTS = Path(__file__).parent / "results"
@@ -148,16 +149,5 @@ def read(path: Path) -> Any:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table for a terminal; numbers are rounded to three digits."""
-    texts = [list(columns), *([_text(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in texts
-    )
-
-
-def _text(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
-    return "" if cell is None else str(cell)
+    """A table for a terminal."""
+    return tables.table(columns, rows, markdown=False)

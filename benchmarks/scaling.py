@@ -1,10 +1,10 @@
 """How the cost grows with batch, channels, devices and the size of a network.
 
 Times are of forward and backward passes of BN with ReLU, beside flax.linen's. For
-devices (512 host devices are forced, and nothing is run on them) the collectives of the compiled program are counted
-and their results' bytes added up, which no load on the machine changes. A checkpoint is
-that of a training state of Inception with momentum, saved and restored by
-`experiments.checkpoints.saving`.
+devices (512 host devices are forced, and nothing is run on them) the collectives of the
+compiled program are counted and their results' bytes added up, which no load on the
+machine changes. A checkpoint is that of a training state of Inception with momentum,
+saved and restored by `experiments.checkpoints`.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 import bn_jax.linen
 from benchmarks import measuring, op, peers, programs, results
-from experiments.checkpoints.saving import Checkpoints
-from experiments.models.inception import Inception
-from experiments.training import sgd
+from experiments.checkpoints.save import Checkpoints
+from experiments.inception.network import Inception
+from experiments.training import steps
+from experiments.training.optimisers import make_optimiser
 
 DEVICES = (1, 2, 4, 8, 16, 64, 256, 512)
 CONTESTANTS = ("bn_jax", "flax.linen")
@@ -107,9 +108,9 @@ def collectives_of(name: str, num_devices: int) -> dict[str, Any]:
 def checkpoint_of(width: float) -> dict[str, Any]:
     """Saves and restores a training state of Inception."""
     model = Inception(num_classes=1000, norm=bn_jax.linen.BatchNorm, width=width)
-    optimiser = sgd.make_optimiser(momentum=0.9)
+    optimiser = make_optimiser(momentum=0.9)
     state = jax.jit(
-        lambda key: sgd.init_state(model, (64, 64, 3), key, 0.1, optimiser)
+        lambda key: steps.init_state(model, (64, 64, 3), key, 0.1, optimiser)
     )(jax.random.key(0))
     states = {"network": state}
     with tempfile.TemporaryDirectory() as folder:

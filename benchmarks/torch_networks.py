@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import resnet
-from experiments.models.inception import (
+from experiments.inception.network import (
     STEM_CHANNELS,
     Row,
     scaled,

@@ -39,14 +39,14 @@ def main(arguments: list[str]) -> None:
     # Imported here so that --help and wrong flags are answered at once.
     import jax
 
-    from experiments.checkpoints import export, report
-    from experiments.configs.checks import ConfigError
+    from experiments.checkpoints import export, inspect
+    from experiments.configuration.fields import ConfigError
 
     # Nothing is trained here: accelerators are for the runs that may have them.
     jax.config.update("jax_platforms", "cpu")
     actions = {
-        "inspect": lambda folder: report.inspect(folder, _STEP.value),
-        "verify": report.verify,
+        "inspect": lambda folder: inspect.inspect(folder, _STEP.value),
+        "verify": inspect.verify,
         "export": lambda folder: export.export(
             folder, _STEP.value, _OUTPUT.value, _NETWORK.value, _FOLD.value
         ),

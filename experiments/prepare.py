@@ -2,6 +2,7 @@
 
     python -m experiments.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
     python -m experiments.prepare NAME [--data_dir=DIR] [--manual_dir=DIR]
+    python -m experiments.prepare NAME --convert_from=DIR [--data_dir=DIR]
 
 ImageNet is made from two archives that image-net.org gives to those who register:
 manual_dir must hold ILSVRC2012_img_train.tar (147,897,477,120 bytes) and
@@ -12,13 +13,16 @@ and the space on the disk (158 GB). Checked at the end: 1,281,167 and 50,000 ima
 Any other set is downloaded and prepared by its own code in tensorflow-datasets, which
 for many sets needs TensorFlow; the command says so.
 
+The third form copies a set that was prepared as TFRECORD, on all cores; training reads
+TFRECORD as it is, too, but array_record files are faster to open.
+
 Sets are prepared in the array_record form. One that is there already is left alone, and
 nothing half-written is left where sets are looked for.
 """
 
 from absl import flags
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.running import commands
 
 _DATA_DIR = flags.DEFINE_string(
@@ -29,6 +33,9 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _MANUAL_DIR = flags.DEFINE_string(
     "manual_dir", None, "Folder of the files that had to be downloaded by hand."
+)
+_CONVERT_FROM = flags.DEFINE_string(
+    "convert_from", None, "Folder of prepared sets that holds this one as TFRECORD."
 )
 _CHECK = flags.DEFINE_enum(
     "check",
@@ -47,6 +54,11 @@ def main(arguments: list[str]) -> None:
             "imagenet2012 (see --help)"
         )
     # Imported here so that --help and wrong flags are answered at once.
+    if _CONVERT_FROM.value:
+        from experiments.data.conversion import convert
+
+        convert(arguments[0], _CONVERT_FROM.value, _DATA_DIR.value)
+        return
     from experiments.data.preparation import prepare
 
     prepare(

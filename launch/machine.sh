@@ -2,7 +2,7 @@
 # Trains on one machine with all its devices: a laptop, a GPU machine, a TPU VM.
 #
 #   launch/machine.sh cpu experiments.mnist --workdir=runs/mnist
-#   launch/machine.sh gpu experiments.inception --config=FILE:VARIANT --workdir=...
+#   launch/machine.sh gpu experiments.inception --config=VARIANT --workdir=...
 #   launch/machine.sh tpu ... --config.dry_run=True
 #
 # The environment in $VENV (.venv) is made where it is missing.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all workers of a Cloud TPU slice, a process on each.
 #
-#   launch/tpu_slice.sh NAME ZONE experiments.inception --config=FILE:VARIANT \
+#   launch/tpu_slice.sh NAME ZONE experiments.inception --config=VARIANT \
 #       --workdir=/mnt/shared/runs/bn_x30 --data_dir=/mnt/data
 #
 # The project is copied to every worker first. The workdir must be on a file system

@@ -102,7 +102,7 @@ def test_files_of_the_architecture_exist():
         if start := re.match(r"(\w+)/", line):
             package = folder = README.parent / start[1]
             listed.add(package)
-        elif start := re.match(r"  (\w+)/", line):
+        elif start := re.match(r"  ([\w/]+)/", line):
             folder = package / start[1]
             listed.add(folder)
         elif re.match(r"  \w", line):

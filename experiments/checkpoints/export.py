@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.checkpoints.folders import choose_checkpoint
-from experiments.checkpoints.restoring import load_variables
+from experiments.checkpoints.load import load_variables
 from experiments.checkpoints.stored import damage_named, named_leaves, read_metadata
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.running.workdir import WorkdirError
 
 

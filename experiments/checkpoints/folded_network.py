@@ -9,12 +9,16 @@ import jax.numpy as jnp
 
 from bn_jax.linen_folding import fold_batch_norms
 from experiments.checkpoints.stored import CheckpointError
-from experiments.models.construction import make_model
-from experiments.models.mlp import MLP
+from experiments.inception.construction import make_model
+from experiments.inception.network import Inception
+from experiments.mnist.network import MLP
 
 
 def fold_variables(
-    config: Mapping[str, Any], network: str, variables: Mapping[str, Any]
+    config: Mapping[str, Any],
+    network: str,
+    variables: Mapping[str, Any],
+    inception: type[nn.Module] = Inception,
 ) -> dict[str, Any]:
     """Folds each normalisation into the layer before it, and says where.
 
@@ -22,6 +26,7 @@ def fold_variables(
       config: of the run, as the checkpoint has it.
       network: its name there.
       variables: collections, as of `load_variables`.
+      inception: the class of section 4.2's network.
 
     Returns:
       Collections as `bn_jax.linen_folding.fold_batch_norms` makes them.
@@ -43,7 +48,10 @@ def fold_variables(
     classes = variables["params"]["classifier"]["bias"].shape[-1]
     size = config["image_size"]
     return _fold(
-        make_model(config, classes), variables, (1, size, size, 3), report=True
+        make_model(config, classes, inception),
+        variables,
+        (1, size, size, 3),
+        report=True,
     )
 
 

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.checkpoints.orbax_leftovers import silence_leftovers
+from experiments.checkpoints.orbax_messages import silence_leftovers
 from experiments.running.workdir import WorkdirError
-from experiments.training.sgd import TrainState
+from experiments.training.state import TrainState
 
 FORMAT = 1
 # What a checkpoint holds apart, so that each can be read without the others.

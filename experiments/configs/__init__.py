@@ -1,1 +1,1 @@
-"""One file per experiment: every choice it makes, with its reason; and checks."""
+"""Where configuration files of the experiments stood: `--config` still finds them."""

@@ -6,13 +6,19 @@ ImageNet: position, colour and clutter vary, so that a network has to learn feat
 rather than templates.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.data.crops import evaluation_crops
 from experiments.data.image_set import ImageSet, load_image_set
 from experiments.data.splits import Augmentation, Example
+
+if TYPE_CHECKING:
+    from experiments.data.device_augmentation import DeviceExamples
 
 # Chosen so that networks leave chance within hundreds of steps and separate within
 # thousands: with ten fragments, and colours that may be equal, none learns for 1,000.
@@ -52,6 +58,21 @@ class ClutteredDigits:
         """Consecutive examples that count as one file."""
         whole, rest = divmod(len(self), SHARD_LENGTH)
         return (SHARD_LENGTH,) * whole + (rest,) * bool(rest)
+
+    @property
+    def device_bytes(self) -> int:
+        """The digits are composed on the devices, too."""
+        return self._digits.nbytes + self._labels.nbytes
+
+    def device_examples(self, report: Callable[[str], None]) -> DeviceExamples:
+        """The digits, and how images are composed around them."""
+        from experiments.data.device_augmentation import Clutter, of_digits
+
+        clutter = Clutter(
+            self._augmentation.image_size,
+            *(NUM_FRAGMENTS, FRAGMENT_SIZE, BACKGROUND, FOREGROUND, NOISE),
+        )
+        return of_digits(self._digits, self._labels, clutter)
 
     def training_example(self, index: int, random: np.random.Generator) -> Example:
         """Composes an image around a digit; place, colours and clutter are random."""

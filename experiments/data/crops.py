@@ -9,7 +9,7 @@ import numpy as np
 from experiments.data.decoding import decode, image_size
 from experiments.data.splits import Augmentation
 
-# Images are worked on by a pool of threads; OpenCV's own would only compete with it.
+# Every core has a worker process; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(0)
 
 _WIDEST = 4 / 3  # aspect ratio of a training crop; 3 / 4 is the narrowest

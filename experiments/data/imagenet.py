@@ -1,15 +1,14 @@
 """Prepares ImageNet 2012 from its archives, without TensorFlow."""
 
 import contextlib
-import fcntl
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.data.errors import DataError
 from experiments.data.imagenet_archives import TRAIN, VALIDATION, check_archives
 from experiments.data.imagenet_builder import NAME, make_builder
+from experiments.data.new_directory import temporary_directory
 
 # Temporary files take the place of the archives' images, and the set takes theirs.
 _SPACE_NEEDED = 1.02  # times the size of the archives
@@ -52,7 +51,7 @@ def prepare_imagenet(
         )
     check_archives(manual_dir, builder.info.features["label"].names, official=official)
     directory.mkdir(parents=True, exist_ok=True)
-    with _owning(temporary):
+    with temporary_directory(temporary, NAME):
         _check_space(manual_dir, directory)
         print(f"preparing {NAME} in {version}", flush=True)
         # TFDS prints what it does not know: sizes.
@@ -72,21 +71,3 @@ def _check_space(manual_dir: Path, directory: Path) -> None:
             f"{directory} has {free:,} bytes free: expected at least {needed:,}; free "
             "some, or choose another --data_dir"
         )
-
-
-@contextlib.contextmanager
-def _owning(temporary: Path) -> Iterator[None]:
-    """Keeps other processes from a directory that is new, and deleted in the end."""
-    with temporary.with_name(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is preparing {NAME} in {temporary.parent}; wait for "
-                "it, or choose another --data_dir"
-            ) from None
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.data.crops import evaluation_crops, training_crop
 from experiments.data.decoding import decode
+from experiments.data.file_feed import first_decodable
 from experiments.data.metadata import (
     Features,
     choose_features,
@@ -21,6 +22,8 @@ from experiments.data.splits import Augmentation, Example, Split, UndecodableErr
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
+
+    from experiments.data.device_augmentation import DeviceExamples
 
 
 def load_prepared_splits(
@@ -73,6 +76,31 @@ class _PreparedSplit:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def device_bytes(self) -> int | None:
+        height, width, _ = self._features.image_shape
+        if height is None or width is None:
+            return None
+        return len(self) * height * width * 3
+
+    def device_examples(self, report: Callable[[str], None]) -> DeviceExamples:
+        from experiments.data.device_augmentation import of_images
+
+        images: list[np.ndarray] = []
+        labels = []
+        for index in range(len(self)):
+            example, broken = first_decodable(self, index, self._whole)
+            for message in broken:
+                report(message)
+            images.append(example.images)
+            labels.append(example.label)
+        return of_images(
+            np.stack(images), np.array(labels, np.int32), self._augmentation
+        )
+
+    def _whole(self, index: int) -> Example:
+        return self._make(index, decode)
 
     def training_example(self, index: int, random: np.random.Generator) -> Example:
         return self._make(

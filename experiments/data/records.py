@@ -4,7 +4,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -21,12 +21,18 @@ _MAX_ARRAY_RECORD_READERS = 512
 # Nothing but the record that is asked for.
 _READER_OPTIONS = "readahead_buffer_size:0"
 
-# Reads a record, given the number of its file and its number in the file.
-_ReadRecord = Callable[[int, int], bytes]
+
+class _Source(Protocol):
+    """Reads a record, given the number of its file and its number in the file."""
+
+    def __call__(self, file: int, number: int) -> bytes: ...
 
 
 class Records:
-    """The records of one split, by their number; safe to read from many threads."""
+    """The records of one split, by their number.
+
+    Any number of threads may read them, and a pickled copy other processes.
+    """
 
     def __init__(
         self,
@@ -48,7 +54,7 @@ class Records:
         """
         self._paths = [epath.Path(path) for path in paths]
         self._ends = list(itertools.accumulate(lengths))
-        self._read = _OPEN[file_format](self._paths, lengths)
+        self._read = _SOURCES[file_format](self._paths, lengths)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -97,49 +103,57 @@ def read_file(path: epath.Path, length: int, file_format: str) -> list[bytes]:
             records = reader.read_all()
         except RuntimeError as error:
             raise _damaged_array_record(path, error) from error
-    _check_length(path, len(records), length)
+    check_length(path, len(records), length)
     return records
 
 
-def _open_tfrecords(paths: Sequence[epath.Path], lengths: Sequence[int]) -> _ReadRecord:
-    offsets = load_offsets(paths)
-    for path, found, length in zip(paths, offsets, lengths, strict=True):
-        _check_length(path, len(found) - 1, length)
+class _TFRecords:
+    """Records of TFRECORD files, which are opened for each read."""
 
-    def read(file: int, number: int) -> bytes:
-        return read_record_at(paths[file], int(offsets[file][number]))
+    def __init__(self, paths: Sequence[epath.Path], lengths: Sequence[int]) -> None:
+        self._paths = paths
+        self._offsets = load_offsets(paths)
+        for path, found, length in zip(paths, self._offsets, lengths, strict=True):
+            check_length(path, len(found) - 1, length)
 
-    return read
+    def __call__(self, file: int, number: int) -> bytes:
+        return read_record_at(self._paths[file], int(self._offsets[file][number]))
 
 
-def _open_array_records(
-    paths: Sequence[epath.Path], lengths: Sequence[int]
-) -> _ReadRecord:
-    def count(path: epath.Path) -> int:
-        path.stat()  # FileNotFoundError: the reader takes it for an empty file
-        return _open_array_record(path).num_records()
+class _ArrayRecords:
+    """Records of array_record files, which stay open in the process that reads them."""
 
-    for path, found, length in zip(
-        paths, map_files(count, paths), lengths, strict=True
-    ):
-        _check_length(path, found, length)
+    def __init__(self, paths: Sequence[epath.Path], lengths: Sequence[int]) -> None:
+        def count(path: epath.Path) -> int:
+            path.stat()  # FileNotFoundError: the reader takes it for an empty file
+            return _open_array_record(path).num_records()
 
-    # A reader may be used by several threads, even after it is forgotten here.
-    open_reader = functools.lru_cache(_MAX_ARRAY_RECORD_READERS)(_open_array_record)
+        self._paths = paths
+        for path, found, length in zip(
+            paths, map_files(count, paths), lengths, strict=True
+        ):
+            check_length(path, found, length)
 
-    def read(file: int, number: int) -> bytes:
+    def __call__(self, file: int, number: int) -> bytes:
         try:
-            record: bytes = open_reader(paths[file]).read([number])[0]
+            record: bytes = self._open(self._paths[file]).read([number])[0]
         except RuntimeError as error:
             raise UndecodableError(first_line(error)) from None
         return record
 
-    return read
+    @functools.cached_property
+    def _open(self) -> Callable[[epath.Path], Any]:
+        # A reader may be used by several threads, even after it is forgotten here.
+        return functools.lru_cache(_MAX_ARRAY_RECORD_READERS)(_open_array_record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the open files behind: a worker process opens its own."""
+        return {"_paths": self._paths}
 
 
-_OPEN: Mapping[str, Callable[[Sequence[epath.Path], Sequence[int]], _ReadRecord]] = {
-    "array_record": _open_array_records,
-    "tfrecord": _open_tfrecords,
+_SOURCES: Mapping[str, Callable[[Sequence[epath.Path], Sequence[int]], _Source]] = {
+    "array_record": _ArrayRecords,
+    "tfrecord": _TFRecords,
 }
 
 
@@ -171,7 +185,8 @@ def _damaged_array_record(path: epath.Path, error: RuntimeError) -> DataError:
     )
 
 
-def _check_length(path: epath.Path, found: int, expected: int) -> None:
+def check_length(path: epath.Path, found: int, expected: int) -> None:
+    """Raises DataError where a file holds another number of examples than expected."""
     if found != expected:
         raise DataError(
             f"record file {path} holds {found} examples: expected {expected}, "

@@ -1,9 +1,14 @@
 """What training and evaluation read: labelled images, by their number."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.data.device_augmentation import DeviceExamples
 
 
 class UndecodableError(ValueError):
@@ -27,7 +32,10 @@ class Augmentation(NamedTuple):
 
 
 class Split(Protocol):
-    """One part of a data set. Reading is safe from many threads."""
+    """One part of a data set.
+
+    It can be pickled: worker processes read from copies.
+    """
 
     num_classes: int
 
@@ -37,6 +45,18 @@ class Split(Protocol):
 
     def __len__(self) -> int:
         """The number of examples."""
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What all examples take on a device; None if their sizes differ."""
+
+    def device_examples(self, report: Callable[[str], None]) -> DeviceExamples:
+        """All examples, to be augmented on the devices.
+
+        Args:
+          report: receives what is wrong with an image that cannot be decoded; the next
+            that can takes its place.
+        """
 
     def training_example(self, index: int, random: np.random.Generator) -> Example:
         """Reads an example and augments it.

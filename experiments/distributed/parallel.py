@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.configs.checks import check_one_of
-
 DEVICE_AXIS = "devices"
 GLOBAL, LOCAL = "global", "local"  # who shares the moments of a batch
 
@@ -98,13 +96,14 @@ class _OverMesh(NamedTuple):
 
     def _whole(self, arguments: tuple[Any, ...]) -> list[Any]:
         sharding = NamedSharding(_mesh(), PartitionSpec(DEVICE_AXIS))
+
+        def whole(part: Any) -> jax.Array:
+            if isinstance(part, jax.Array):  # of `place`
+                return part
+            return jax.make_array_from_process_local_data(sharding, part)
+
         return [
-            argument
-            if axis is None
-            else jax.tree.map(
-                lambda part: jax.make_array_from_process_local_data(sharding, part),
-                argument,
-            )
+            argument if axis is None else jax.tree.map(whole, argument)
             for argument, axis in zip(arguments, self.in_axes, strict=True)
         ]
 
@@ -204,11 +203,9 @@ def check_launch(config: Mapping[str, Any]) -> None:
     """Checks how the work is to be shared.
 
     Raises:
-      ConfigError: there is no such mapping.
       DeviceError: the batch does not divide over the devices, or moments would be of
         one example alone.
     """
-    check_one_of(config, {"parallelism": tuple(PARALLELISMS)})
     check_divisible(config["batch_size"])
     axes = moments_axes(config["moments"])
     sharing = 1 if axes["axis_name"] is None else jax.device_count()
@@ -230,6 +227,17 @@ def own_part(array: np.ndarray, axis: int) -> np.ndarray:
     """
     parts = np.split(array, jax.process_count(), axis)
     return parts[jax.process_index()]
+
+
+def place(array: np.ndarray) -> Any:
+    """Starts copying a batch to the devices, divided over them as `shard` does it.
+
+    Where there are several processes it stays as it is: JAX copies it with the call.
+    """
+    if jax.process_count() > 1:
+        return array
+    sharding = NamedSharding(_mesh(), PartitionSpec(DEVICE_AXIS))
+    return jax.device_put(shard(array, axis=0), sharding)
 
 
 def shard(array: jax.Array | np.ndarray, axis: int) -> np.ndarray:

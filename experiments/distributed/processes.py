@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.distributed.agreement import first_message
 from experiments.distributed.parallel import DeviceError
 
@@ -17,7 +17,7 @@ MODES = ("auto", "on", "off")
 START_SECONDS = (30, 300)
 SILENCE_SECONDS = (20, 100)
 # Marks an error that all processes have: each can end as if it were alone.
-TOLD = "all processes know of it"
+KNOWN_TO_ALL = "all processes know of it"
 
 
 class ProcessesError(RuntimeError):
@@ -140,13 +140,13 @@ def is_first() -> bool:
     return not are_several() or jax.process_index() == 0
 
 
-def say(message: str) -> None:
+def print_once(message: str) -> None:
     """Prints for the user, once however many processes there are."""
     if is_first():
         print(message, flush=True)
 
 
-def together(function: Callable[[], Result]) -> Result:
+def in_every_process(function: Callable[[], Result]) -> Result:
     """Calls a function in every process, and fails in all if it fails in one.
 
     Args:
@@ -168,20 +168,20 @@ def together(function: Callable[[], Result]) -> Result:
     message = first_message(own)
     if message:
         told = failure or ProcessesError(message)
-        told.add_note(TOLD)
+        told.add_note(KNOWN_TO_ALL)
         raise told
     return result
 
 
-def is_told(error: BaseException) -> bool:
-    """Whether all processes raise this error, or its like: `together` saw to it."""
-    return TOLD in getattr(error, "__notes__", ())
+def is_known_to_all(error: BaseException) -> bool:
+    """Whether all processes raise this error, or its like."""
+    return KNOWN_TO_ALL in getattr(error, "__notes__", ())
 
 
-def on_first(function: Callable[[], Any]) -> None:
+def in_first_process(function: Callable[[], Any]) -> None:
     """Calls a function in the first process; the others wait, and fail with it.
 
     Raises:
-      ProcessesError: as `together`.
+      ProcessesError: as `in_every_process`.
     """
-    together(function if is_first() else lambda: None)
+    in_every_process(function if is_first() else lambda: None)

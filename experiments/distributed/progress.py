@@ -7,7 +7,9 @@ from tqdm import tqdm
 from experiments.distributed.processes import is_first
 
 
-def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
+def progress_bar(
+    total: int, done: int, unit: str, *, shown: bool = True
+) -> "tqdm[None]":
     """A bar on standard error; on something other than a terminal, a line at times.
 
     Of several processes the first alone shows it.
@@ -16,6 +18,7 @@ def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
       total: units of work in all.
       done: units that an earlier run did.
       unit: what one is called.
+      shown: nothing is, otherwise.
     """
     return tqdm(
         total=total,
@@ -23,5 +26,5 @@ def progress_bar(total: int, done: int, unit: str) -> "tqdm[None]":
         unit=f" {unit}",
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
-        disable=not is_first(),
+        disable=not (shown and is_first()),
     )

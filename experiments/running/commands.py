@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.data.errors import DataError
 from experiments.distributed import processes
 from experiments.distributed.parallel import DeviceError
@@ -44,16 +44,17 @@ def launch(
 
     Args:
       main: the command, called with the configuration when flags are parsed.
-      configuration: the module of the default configuration. It has `get_config`, and
-        `KEYS`: for each key its default and meaning.
+      configuration: the module of the default configuration. It has `get_config` and
+        `CONFIGURATION`.
       documentation: what --help says first.
     """
     flag = config_flags.DEFINE_config_file(
         "config",
         None,  # put in by `parse`: ml_collections looks at overrides of a default early
-        "File with get_config(); a colon and a variant may follow. "
-        f"(default: {configuration.__file__})",
+        "A variant's name; or a file with get_config(), after which a colon and a "
+        "variant may follow.",
     )
+    keys = configuration.CONFIGURATION.fields
     start_processes = _define_processes()
 
     def parse(arguments: Sequence[str]) -> list[str]:
@@ -62,13 +63,16 @@ def launch(
         names = [argument.lstrip("-").split("=")[0] for argument in given]
         for name in names:
             key = name.removeprefix("config.")
-            if key != name and key not in configuration.KEYS:
+            if key != name and key not in keys:
                 _fail(
                     f"unknown configuration key {key}; the keys are "
-                    f"{', '.join(sorted(configuration.KEYS))}."
+                    f"{', '.join(sorted(keys))}."
                 )
         if "config" not in names:
             given.insert(0, f"--config={configuration.__file__}")
+        given = [
+            _with_file(argument, str(configuration.__file__)) for argument in given
+        ]
         try:
             remaining: list[str] = flags.FLAGS([program, *given])
             # A file that cannot be read shows only now.
@@ -183,9 +187,9 @@ def _one_line_errors(advice: str) -> Iterator[None]:
     except (LostProcessError, PreemptedError) as error:
         _fail(str(error), TRY_AGAIN, alone=isinstance(error, LostProcessError))
     except EXPECTED_ERRORS as error:
-        _fail(str(error), alone=not processes.is_told(error))
+        _fail(str(error), alone=not processes.is_known_to_all(error))
     except OSError as error:
-        _fail(f"{error}{advice}", alone=not processes.is_told(error))
+        _fail(f"{error}{advice}", alone=not processes.is_known_to_all(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted{advice}")
         _exit(INTERRUPTED, alone=True)
@@ -216,10 +220,17 @@ def _exit(code: int, alone: bool) -> NoReturn:
     sys.exit(code)
 
 
+def _with_file(argument: str, file: str) -> str:
+    """A variant alone is one of the experiment's own file."""
+    name, separator, value = argument.partition("=")
+    if name.lstrip("-") != "config" or not separator or ".py" in value:
+        return argument
+    return f"{name}={file}:{value}"
+
+
 def _describe(configuration: ModuleType) -> str:
-    lines = [
-        f"  --config.{key}={default}\n      {meaning}"
-        for key, (default, meaning) in configuration.KEYS.items()
-    ]
-    title = "Configuration keys and their defaults; other ones: --config=FILE[:VARIANT]"
-    return "\n".join(["", title, *lines])
+    title = (
+        "Configuration keys and their defaults; other ones: --config=VARIANT, or "
+        "--config=FILE[:VARIANT]"
+    )
+    return "\n".join(["", title, configuration.CONFIGURATION.describe()])

@@ -1,6 +1,7 @@
-"""Which code, on which devices: what a later reader of a checkpoint asks."""
+"""Which code, on which devices: what a later reader of any result asks."""
 
 import functools
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ def describe() -> dict[str, Any]:
     return {
         "bn_jax": bn_jax.__version__,
         "jax": jax.__version__,
+        "python": platform.python_version(),
         "git_revision": git_revision(Path(__file__)),
         "platform": jax.default_backend(),
+        "device": jax.local_devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from experiments.configuration.fields import Configuration
 from experiments.distributed import processes
 from experiments.distributed.preemption import PreemptedError
 from experiments.distributed.processes import ProcessesError
@@ -29,7 +30,9 @@ class LostProcessError(ProcessesError):
 
 
 @contextlib.contextmanager
-def open_run(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def open_run(
+    workdir: Path, config: Mapping[str, Any], configuration: Configuration
+) -> Iterator[None]:
     """Makes the folder, or takes up an earlier run, in all processes.
 
     An error that is raised inside, in one process, ends the others with its message.
@@ -37,6 +40,7 @@ def open_run(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
     Args:
       workdir: the folder, which all processes see.
       config: plain values, the same in all processes.
+      configuration: which of them a run that goes on may change.
 
     Raises:
       WorkdirError: the folder cannot be used, as `open_workdir` says, or a process
@@ -47,25 +51,27 @@ def open_run(workdir: Path, config: Mapping[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def open_first() -> None:
-            lock = open_workdir(workdir, config)
+            lock = open_workdir(workdir, config, configuration)
             stack.callback(lock.close)
             (workdir / FAILURE_FILE).unlink(missing_ok=True)
 
-        processes.on_first(open_first)
-        processes.together(lambda: _check_seen(workdir, config))
+        processes.in_first_process(open_first)
+        processes.in_every_process(lambda: _check_seen(workdir, config, configuration))
         try:
             yield
         except PreemptedError:
             raise
         except Exception as error:
-            if jax.process_count() == 1 or processes.is_told(error):
+            if jax.process_count() == 1 or processes.is_known_to_all(error):
                 raise
             if (explanation := _explain(error, workdir)) is None:
                 raise
             raise explanation from error
 
 
-def _check_seen(workdir: Path, config: Mapping[str, Any]) -> None:
+def _check_seen(
+    workdir: Path, config: Mapping[str, Any], configuration: Configuration
+) -> None:
     deadline = time.monotonic() + SECONDS_FOR_NEWS
     path = workdir / "config.json"
     while not path.exists():
@@ -75,7 +81,7 @@ def _check_seen(workdir: Path, config: Mapping[str, Any]) -> None:
                 "processes one --workdir, on a file system that they share."
             )
         time.sleep(0.1)
-    check_same_config(workdir, json.loads(json.dumps(config)))
+    check_same_config(workdir, json.loads(json.dumps(config)), configuration)
 
 
 def _explain(error: Exception, workdir: Path) -> ProcessesError | None:

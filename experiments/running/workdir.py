@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.configs.checks import LAUNCH_KEYS
+from experiments.configuration.fields import Configuration
 
 
 class WorkdirError(RuntimeError):
     """The folder of a run cannot be used."""
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any]) -> TextIO:
+def open_workdir(
+    workdir: Path, config: Mapping[str, Any], configuration: Configuration
+) -> TextIO:
     """Makes the folder, or takes up an earlier run of the same configuration.
 
     Args:
       workdir: the folder; made if it is missing.
       config: plain values; written to `config.json` there.
+      configuration: which of them a run that goes on may change.
 
     Returns:
       A lock that holds as long as it is open: no second process may write here.
@@ -38,7 +41,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> TextIO:
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        check_same_config(workdir, json.loads(json.dumps(config)))
+        check_same_config(workdir, json.loads(json.dumps(config)), configuration)
     except BlockingIOError:
         lock.close()
         raise WorkdirError(
@@ -78,10 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
+def check_same_config(
+    workdir: Path, config: Mapping[str, Any], configuration: Configuration
+) -> None:
     """Compares a configuration with that of the folder; where it has none, writes it.
-
-    `LAUNCH_KEYS` may differ.
 
     Raises:
       WorkdirError: they differ.
@@ -90,13 +93,7 @@ def check_same_config(workdir: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         write_whole(path, json.dumps(config, indent=2) + "\n")
         return
-    earlier = read_json(path)
-    absent = "absent"
-    differences = [
-        f"{key}: {earlier.get(key, absent)} there, {config.get(key, absent)} now"
-        for key in sorted((earlier.keys() | config.keys()) - set(LAUNCH_KEYS))
-        if earlier.get(key, absent) != config.get(key, absent)
-    ]
+    differences = configuration.differences(read_json(path), config)
     if differences:
         raise WorkdirError(
             f"{workdir} holds a run of another configuration: "

@@ -10,7 +10,8 @@ import numpy as np
 
 import bn_jax
 from experiments.distributed.parallel import DEVICE_AXIS
-from experiments.training.sgd import TrainState, map_networks, take_batch
+from experiments.training.state import TrainState
+from experiments.training.steps import map_networks, take_batch
 
 PERCENTILES = (15, 50, 85)  # of a sigmoid's input: those of the paper's figure 1
 

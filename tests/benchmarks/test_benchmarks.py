@@ -105,9 +105,21 @@ def test_mnist(tmp_path, monkeypatch):
 
 def test_input_makes_images_that_decode():
     encoded = input_benchmark.make_images(2)
-    batch = next(input_benchmark._batches(encoded, 64, 1))
-    assert batch.images.shape == (2, 64, 64, 3)
-    assert sorted(batch.labels) == [0, 1]
+    batches = input_benchmark.feed(encoded, 64, 0)
+    batch = next(batches)
+    batches.close()
+    assert batch.images.shape == (input_benchmark.BATCH, 64, 64, 3)
+    assert set(batch.labels) <= set(range(10))
+
+
+def test_input_reads_a_folder_of_images(tmp_path):
+    for number, image in enumerate(input_benchmark.make_images(2)):
+        (tmp_path / f"{number}.JPEG").write_bytes(image)
+    (tmp_path / "notes.txt").touch()
+    images = input_benchmark.read_images(str(tmp_path), 7)
+    assert images == input_benchmark.make_images(2)
+    with pytest.raises(SystemExit, match="expected a folder of JPEGs"):
+        input_benchmark.read_images(str(tmp_path / ".."), 7)
 
 
 def test_resnet_50_has_its_parameters():

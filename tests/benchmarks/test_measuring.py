@@ -68,7 +68,7 @@ def test_results_are_read_as_written(tmp_path):
 
 def test_table():
     assert results.table(["name", "ms"], [["ours", 0.01234], ["theirs", 1234.5]]) == (
-        "  name      ms\n  ours  0.0123\ntheirs    1234"
+        "name    ms    \nours    0.0123\ntheirs  1,234 "
     )
 
 

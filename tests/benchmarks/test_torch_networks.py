@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import network
-from experiments.models.inception import Inception
+from experiments.inception.network import Inception
 
 torch = pytest.importorskip("torch", reason="torch comes with the extra `peers`")
 torch_networks = pytest.importorskip("benchmarks.torch_networks")

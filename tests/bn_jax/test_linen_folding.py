@@ -14,8 +14,8 @@ import pytest
 
 import bn_jax.linen
 from bn_jax.linen_folding import apply_folded, check_folded, fold_batch_norms
-from experiments.models.inception import Inception
-from experiments.models.mlp import MLP
+from experiments.inception.network import Inception
+from experiments.mnist.network import MLP
 from tests.bn_jax.reference import lenient
 
 BATCH_NORMS = [nn.BatchNorm, bn_jax.linen.BatchNorm]

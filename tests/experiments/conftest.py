@@ -11,7 +11,7 @@ import pytest
 
 from experiments.data.image_set import load_image_set
 from experiments.distributed import parallel
-from experiments.mnist_experiment import training as mnist_training
+from experiments.mnist import training as mnist_training
 from tests.experiments.helpers import make_image_set, small_config
 
 

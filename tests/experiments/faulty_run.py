@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.mnist_experiment import networks
+from experiments.mnist import experiment as networks
 
 
 def fail() -> None:
@@ -39,17 +39,15 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 def main() -> None:
     module, number, faulty, fault, step, *arguments = sys.argv[1:]
-    advance = networks.Experiment.advance
+    step_on = networks.Experiment.step
 
-    def faulty_advance(
-        self: Any, states: Any, first: int, num_steps: int
-    ) -> tuple[Any, Any]:
+    def faulty_step(self: Any, states: Any, first: int, piece: Any) -> tuple[Any, Any]:
         if first == int(step) and number == faulty:
             print(f"fault at step {first}", flush=True)
             FAULTS[fault]()
-        return advance(self, states, first, num_steps)
+        return step_on(self, states, first, piece)
 
-    networks.Experiment.advance = faulty_advance  # type: ignore[method-assign]
+    networks.Experiment.step = faulty_step  # type: ignore[method-assign]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.configs.mnist import get_config
 from experiments.data.image_set import ImageSet
 from experiments.distributed import parallel
-from experiments.models.mlp import MLP
-from experiments.training.sgd import TrainState, init_state
+from experiments.mnist.config import get_config
+from experiments.mnist.network import MLP
+from experiments.training.state import TrainState
+from experiments.training.steps import init_state
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -123,7 +124,9 @@ def documentation_of(command: str) -> str:
 
     Read, not imported: commands define flags, and several define the same ones.
     """
-    source = (REPOSITORY / "experiments" / f"{command}.py").read_text()
+    place = REPOSITORY / "experiments" / command
+    path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    source = path.read_text()
     return ast.get_docstring(ast.parse(source), clean=False) or ""
 
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints import export, report
-from experiments.checkpoints.restoring import load_variables
+from experiments.checkpoints import export, inspect
+from experiments.checkpoints.load import load_variables
 from experiments.checkpoints.stored import CheckpointError, named_leaves
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.running.workdir import WorkdirError
 from tests.experiments.checkpoints.make_stored import STORED
 from tests.experiments.helpers import (
@@ -46,7 +46,7 @@ def exported(folder, output, *, step="newest", network=None, fold=False):
 
 def test_inspect_tells_everything(copied, capsys):
     shutil.copytree(CHECKPOINTS, copied / "population")
-    report.inspect(copied, "newest")
+    inspect.inspect(copied, "newest")
     lines = capsys.readouterr().out.splitlines()
     for kind in "checkpoints", "population":
         assert f"{copied / kind}:" in lines
@@ -64,18 +64,18 @@ def test_inspect_tells_everything(copied, capsys):
 
 
 def test_inspect_of_one_checkpoint(copied, capsys):
-    report.inspect(copied / "checkpoints" / "3", "newest")
+    inspect.inspect(copied / "checkpoints" / "3", "newest")
     assert capsys.readouterr().out.startswith(f"{copied / 'checkpoints' / '3'}:\n")
 
 
 def test_verify(copied, capsys):
     folder = copied / "checkpoints"
-    report.verify(copied)
+    inspect.verify(copied)
     assert capsys.readouterr().out == f"{folder / '3'}: sound, 15 arrays, 196 bytes\n"
     damage(copied)
     before = read_files(copied)
     with pytest.raises(CheckpointError, match=r"1 of 1 checkpoints damaged: .*params"):
-        report.verify(copied)
+        inspect.verify(copied)
     assert f"{folder / '3'}: damaged, params cannot be read" in capsys.readouterr().out
     assert read_files(copied) == before
 
@@ -83,7 +83,7 @@ def test_verify(copied, capsys):
 def test_verify_reads_the_optimiser_too(copied):
     shutil.rmtree(copied / "checkpoints" / "3" / "opt_state")
     with pytest.raises(CheckpointError, match="opt_state cannot be read"):
-        report.verify(copied)
+        inspect.verify(copied)
 
 
 def test_inspect_of_a_damaged_checkpoint(copied, capsys):
@@ -91,7 +91,7 @@ def test_inspect_of_a_damaged_checkpoint(copied, capsys):
     with pytest.raises(
         CheckpointError, match=r"3 is damaged \(metadata cannot be read"
     ):
-        report.inspect(copied, "newest")
+        inspect.inspect(copied, "newest")
     assert "  step 3: metadata cannot be read" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.checkpoints.stored import read_metadata, stored_steps
 from tests.experiments.helpers import REPOSITORY, RESULTS, command_environment
-from tests.experiments.tiny_run import tiny_arguments
+from tests.experiments.inception.tiny_run import tiny_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ KINDS = {
     ),
     "inception": Kind(
         [
-            "tests.experiments.tiny_run",
+            "tests.experiments.inception.tiny_run",
             *tiny_arguments("", num_steps=400, eval_every=50, checkpoint_every=5),
         ],
         400,

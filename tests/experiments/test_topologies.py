@@ -8,8 +8,8 @@ import pytest
 
 from experiments.checkpoints.stored import read_arrays, read_metadata
 from experiments.running.commands import TRY_AGAIN
+from tests.experiments.inception.tiny_run import tiny_arguments
 from tests.experiments.process_group import ProcessGroup
-from tests.experiments.tiny_run import tiny_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def inception_arguments(workdir, **changes):
 
 EXPERIMENTS = {
     "mnist": ("experiments.mnist", mnist_arguments),
-    "inception": ("tests.experiments.tiny_run", inception_arguments),
+    "inception": ("tests.experiments.inception.tiny_run", inception_arguments),
 }
 
 

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.checkpoints import saving
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints import save as saving
+from experiments.checkpoints.save import Checkpoints
 from experiments.checkpoints.stored import CheckpointError, DamagedError
-from experiments.training.sgd import TrainState
+from experiments.training.state import TrainState
 
 
 def make_states(mesh: Mesh, value: float) -> dict[str, TrainState]:

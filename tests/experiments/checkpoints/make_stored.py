@@ -14,10 +14,12 @@ import jax
 import numpy as np
 import optax
 
-from experiments.checkpoints.saving import Checkpoints
+from experiments.checkpoints.save import Checkpoints
 from experiments.checkpoints.stored import FORMAT, named_leaves
-from experiments.models.mlp import MLP
-from experiments.training.sgd import Batch, TrainState, init_state, make_optimiser
+from experiments.mnist.network import MLP
+from experiments.training.optimisers import make_optimiser
+from experiments.training.state import TrainState
+from experiments.training.steps import Batch, init_state
 
 STORED = Path(__file__).parent / "stored"
 NETWORK, STEP, SCORE = "network", 3, 62.5

@@ -4,14 +4,13 @@ import pytest
 
 from experiments.checkpoints.folded_network import fold_variables
 from experiments.checkpoints.stored import CheckpointError
-from experiments.models.construction import make_model
-from experiments.models.mlp import MLP
+from experiments.inception.construction import make_model
+from experiments.mnist.network import MLP
 from tests.experiments.helpers import make_models, make_states, small_config
-from tests.experiments.tiny_inception import (
+from tests.experiments.inception.tiny_inception import (
     NUM_CLASSES,
     TinyInception,
     tiny_config,
-    tiny_experiments,
 )
 
 HIDDEN = (3, 2)
@@ -52,12 +51,11 @@ def test_replicas_of_the_mnist_experiment(capsys):
 def test_the_inception_experiment(capsys):
     config = tiny_config("bn_x5")
     inputs = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
-    with tiny_experiments():
-        model = make_model(config, NUM_CLASSES)
-        variables = shaken(
-            jax.device_get(model.init(jax.random.key(0), inputs, train=False))
-        )
-        folded = fold_variables(config, "network", variables)
+    model = make_model(config, NUM_CLASSES, TinyInception)
+    variables = shaken(
+        jax.device_get(model.init(jax.random.key(0), inputs, train=False))
+    )
+    folded = fold_variables(config, "network", variables, TinyInception)
     assert capsys.readouterr().out == "conv1/norm: folded into conv1/conv\n"
     assert not jax.tree.leaves(folded["batch_stats"])
     plain = TinyInception(NUM_CLASSES)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.checkpoints.restoring import load_variables
-from experiments.checkpoints.saving import restore_newest
+from experiments.checkpoints.load import load_variables
+from experiments.checkpoints.save import restore_newest
 from experiments.checkpoints.stored import ARRAY_ITEMS, named_leaves, read_metadata
 from tests.experiments.checkpoints import make_stored
 from tests.experiments.checkpoints.make_stored import (

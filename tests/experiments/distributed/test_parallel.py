@@ -14,6 +14,7 @@ from experiments.distributed.parallel import (
     moments_axes,
     one_copy,
     own_part,
+    place,
     replicate,
     shard,
 )
@@ -140,3 +141,24 @@ def test_copies():
     copy = one_copy(tree)["a"]
     assert len(copy.devices()) == 1
     np.testing.assert_array_equal(copy, np.arange(3.0))
+
+
+def test_a_placed_batch_lies_on_all_devices_as_shards_do(monkeypatch):
+    batch = np.arange(48).reshape(16, 3)
+    placed = place(batch)
+    np.testing.assert_array_equal(placed, shard(batch, axis=0))
+    assert len(placed.sharding.device_set) == jax.device_count()
+    # Several processes have a part each, which the call divides.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert place(batch) is batch
+
+
+@pytest.mark.parametrize("parallelism", PARALLELISMS)
+def test_mapped_functions_take_placed_batches(parallelism):
+    function = map_over_devices(
+        lambda x: jax.lax.psum(x.sum(), DEVICE_AXIS),
+        in_axes=(0,),
+        parallelism=parallelism,
+    )
+    batch = np.arange(48, dtype=np.float32).reshape(16, 3)
+    assert function(place(batch)) == batch.sum()

@@ -4,16 +4,16 @@ import sys
 import jax
 import pytest
 
-from experiments.configs.checks import ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.distributed import processes
 from experiments.distributed.processes import (
     Address,
     ProcessesError,
+    in_every_process,
+    in_first_process,
     is_first,
-    is_told,
-    on_first,
+    is_known_to_all,
     start,
-    together,
 )
 from tests.experiments.helpers import REPOSITORY, command_environment
 
@@ -97,12 +97,12 @@ def test_patience(host, given, expected, monkeypatch, capsys):
 
 
 def test_alone_together_is_a_call():
-    assert together(lambda: 3) == 3
+    assert in_every_process(lambda: 3) == 3
     with pytest.raises(KeyError) as caught:
-        together(lambda: {}["absent"])
-    assert not is_told(caught.value)
+        in_every_process(lambda: {}["absent"])
+    assert not is_known_to_all(caught.value)
     done = []
-    on_first(lambda: done.append(1))
+    in_first_process(lambda: done.append(1))
     assert done == [1]
 
 

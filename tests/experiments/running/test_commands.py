@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.configs.mnist import KEYS
+from experiments.mnist.config import FIELDS
 from tests.experiments.helpers import documentation_of, run_command
 
 # A run of a second, should one of the mistakes below not be noticed.
@@ -32,9 +32,8 @@ def test_help(flag):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith(documentation_of("mnist").splitlines()[0])
-    for key, (default, meaning) in KEYS.items():
-        assert f"--config.{key}={default}" in done.stdout
-        assert meaning in done.stdout
+    for key, field in FIELDS.items():
+        assert f"--config.{key}={field.default}\n      {field.help}" in done.stdout
     for name in ("--workdir: ", "--data_dir: ", "--config=FILE[:VARIANT]"):
         assert name in done.stdout
 
@@ -43,7 +42,7 @@ def test_help(flag):
 def test_unknown_key_lists_those_there_are(tmp_path, key):
     message = error_of(tmp_path, f"--config.{key}=3")
     assert message.startswith(f"unknown configuration key {key}; the keys are ")
-    assert all(key in message for key in KEYS)
+    assert all(key in message for key in FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def test_unwritable_workdir(tmp_path):
         "def get_config(): raise KeyError('lost')": "lost",
         "from ml_collections import ConfigDict\n"
         "def get_config(): return ConfigDict({k: 1 for k in "
-        f"{[key for key in KEYS if key != 'decay']}}})": "lacks decay",
+        f"{[key for key in FIELDS if key != 'decay']}}})": "lacks decay",
     }.items(),
 )
 def test_broken_configuration_file(tmp_path, content, expected):

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.inception_experiment import training as inception_training
-from experiments.mnist_experiment import training as mnist_training
+from experiments.mnist import training as mnist_training
 from experiments.running import dry_run
 from experiments.running.dry_run import Measured, count, report, seconds
 from tests.experiments.helpers import make_image_set, small_config
-from tests.experiments.tiny_inception import tiny_config, tiny_experiments
+from tests.experiments.inception.tiny_inception import run_tiny, tiny_config
 
 MEASURED = Measured(
     parameters={"small": 1_234_567, "large": 89},
@@ -63,8 +62,7 @@ def test_count():
 
 def test_inception_writes_nothing(tmp_path, capsys):
     workdir = tmp_path / "run"
-    with tiny_experiments():
-        inception_training.run(tiny_config(dry_run=True), workdir, None)
+    run_tiny(tiny_config(dry_run=True), workdir)
     assert not workdir.exists()
     text = capsys.readouterr().out
     assert "parameters:   bn_x5 " in text

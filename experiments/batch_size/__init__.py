@@ -1,0 +1,1 @@
+"""Accuracy against batch size, for batch normalisation and its alternatives."""

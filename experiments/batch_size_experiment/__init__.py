@@ -1,1 +1,0 @@
-"""Accuracy against the batch size, for several normalisations."""

@@ -1,0 +1,1 @@
+"""What can be chosen about a run, and what follows from the choices."""

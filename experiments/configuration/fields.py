@@ -1,0 +1,184 @@
+"""Fields of a configuration: each says all about itself, the rest follows from it.
+
+From a field's declaration follow its flag and its line of --help, how its values are
+checked, whether a run that goes on may change it, and whether runs that differ in it
+are one model.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class ConfigError(ValueError):
+    """A configuration value makes no sense."""
+
+
+class Role(enum.Enum):
+    """What a field is for."""
+
+    NUMBERS = "changes the numbers"
+    SEED = "tells runs of one model apart"
+    NAME = "names the run"
+    LAUNCH = "only launches: another start may change it"
+
+
+class Check(NamedTuple):
+    """What every value of a field, or each entry of a tuple, must be."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+class Field(NamedTuple):
+    """One thing that can be chosen."""
+
+    default: Any
+    help: str
+    check: Check | None = None
+    choices: Sequence[Any] = ()  # all that the value, or each entry, may be
+    role: Role = Role.NUMBERS
+    formerly: str = ""  # its name in folders of earlier versions
+
+
+def at_least(minimum: int) -> Check:
+    """A whole number of 32 bits that is not below a minimum."""
+    return Check(
+        lambda value: _is_whole(value) and minimum <= value < 2**31,
+        f"at least {minimum}, a whole number below 2^31",
+    )
+
+
+def positive() -> Check:
+    """A finite number above 0."""
+    return Check(
+        lambda value: _is_number(value) and 0 < value < math.inf, "a positive number"
+    )
+
+
+def share(*, positive: bool = False) -> Check:
+    """A number from 0 to 1, which may have to be more than 0."""
+    return Check(
+        lambda value: (
+            _is_number(value) and 0 <= value <= 1 and (value > 0 or not positive)
+        ),
+        "more than 0, at most 1" if positive else "0 to 1",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """All fields of an experiment, and its named variants.
+
+    Attributes:
+      fields: by key.
+      changes: from a variant's name, "" for none, to the values that it changes. It
+        raises ValueError for a name that is unknown.
+    """
+
+    fields: Mapping[str, Field]
+    changes: Callable[[str], Mapping[str, Any]]
+
+    def values(self, variant: str = "") -> dict[str, Any]:
+        """The configuration of a variant.
+
+        Raises:
+          ValueError: there is no such variant.
+        """
+        defaults = {key: field.default for key, field in self.fields.items()}
+        return defaults | dict(self.changes(variant))
+
+    def keys(self, *roles: Role) -> list[str]:
+        """The keys of fields with certain roles, and their former names."""
+        chosen = {key: f for key, f in self.fields.items() if f.role in roles}
+        return [*chosen, *(f.formerly for f in chosen.values() if f.formerly)]
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Checks every value by itself.
+
+        Raises:
+          ConfigError: a key is missing, or a value makes no sense.
+        """
+        if missing := sorted(set(self.fields) - set(config)):
+            raise ConfigError(
+                f"the configuration lacks {', '.join(missing)}; start from get_config()"
+                " of the experiment's own file."
+            )
+        for key, field in self.fields.items():
+            expected = _fault(field, config[key])
+            if expected:
+                raise ConfigError(f"--config.{key}={config[key]}: expected {expected}.")
+
+    def describe(self) -> str:
+        """A line or two of help for every field."""
+        return "\n".join(
+            f"  --config.{key}={field.default}\n      {_meaning(field)}"
+            for key, field in self.fields.items()
+        )
+
+    def differences(
+        self, earlier: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> list[str]:
+        """Where two configurations of a run differ in more than how it is launched.
+
+        Args:
+          earlier: of a run's folder. A field that it lacks had its default; what else
+            an earlier version did not write down is not compared.
+          now: of the same run, started again.
+        """
+        absent = "absent"
+        launching = self.keys(Role.LAUNCH)
+        known = {key: field.default for key, field in self.fields.items()}
+        return [
+            f"{key}: {before} there, {now.get(key, absent)} now"
+            for key in sorted(earlier.keys() | (now.keys() & known))
+            if key not in launching
+            for before in [earlier.get(key, as_json(known.get(key)))]
+            if before != now.get(key, absent)
+        ]
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A value that may be one or several, as several."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(map(as_json, value)) if isinstance(value, tuple | list) else value
+
+
+def _fault(field: Field, value: Any) -> str:
+    """What is expected instead of a value; nothing if it is right."""
+    several = isinstance(field.default, tuple)
+    if several and isinstance(value, str):
+        return "several values, with commas"
+    if isinstance(field.default, bool) and not isinstance(value, bool):
+        return "True or False"
+    for entry in as_tuple(value):
+        if field.choices and entry not in field.choices:
+            return f"{'some' if several else 'one'} of {_listed(field.choices)}"
+        if field.check is not None and not field.check.holds(entry):
+            return field.check.expected
+    if field.check is not None and not as_tuple(value):
+        return f"at least one value: {field.check.expected}"
+    return ""
+
+
+def _meaning(field: Field) -> str:
+    listed = f" ({_listed(field.choices)})" if field.choices else ""
+    return f"{field.help}{listed}"
+
+
+def _listed(choices: Sequence[Any]) -> str:
+    return ", ".join(map(str, choices))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

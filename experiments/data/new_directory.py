@@ -1,0 +1,36 @@
+"""A directory that is written whole, by one process, or not at all."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.data.errors import DataError
+
+
+@contextlib.contextmanager
+def temporary_directory(path: Path, name: str) -> Iterator[None]:
+    """Keeps other processes from a directory that is new, and deleted in the end.
+
+    Args:
+      path: the directory, which the caller makes; its parent must exist. What an
+        earlier process that was killed left there is deleted.
+      name: of the data set, for messages.
+
+    Raises:
+      DataError: another process is at work there.
+    """
+    with path.with_name(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another process is preparing {name} in {path.parent}; wait for "
+                "it, or choose another --data_dir"
+            ) from None
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)

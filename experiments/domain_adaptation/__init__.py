@@ -1,0 +1,1 @@
+"""Section 5: new data for a trained network, and new statistics."""

@@ -1,0 +1,1 @@
+"""Section 4.2: Inception and its batch-normalised variants."""

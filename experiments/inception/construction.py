@@ -1,0 +1,63 @@
+"""The Inception network that a configuration describes."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+import bn_jax.linen
+from experiments.distributed import parallel
+from experiments.inception.config import NETWORK, START
+from experiments.inception.network import Inception
+
+
+def make_model(
+    config: Mapping[str, Any],
+    num_classes: int,
+    network: Any = Inception,
+) -> Any:
+    """The network that a configuration describes; the same object for equal ones.
+
+    Args:
+      config: as `experiments.inception.config.FIELDS` describes it.
+      num_classes: of the data.
+      network: the class to make, with `Inception`'s attributes.
+    """
+    chosen = {key: config[key] for key in (*NETWORK, *START)}
+    chosen["per_activation_rows"] = tuple(config["per_activation_rows"])
+    # Groups of devices depend on how many there are.
+    axes = tuple(parallel.moments_axes(config["moments"]).items())
+    return _make_model(network, num_classes, axes=axes, **chosen)
+
+
+@functools.lru_cache
+def _make_model(network: Any, num_classes: int, **config: Any) -> Any:
+    norm = functools.partial(
+        bn_jax.linen.BatchNorm,
+        momentum=config["decay"],
+        epsilon=config["epsilon"],
+        **dict(config["axes"]),
+    )
+    return network(
+        num_classes=num_classes,
+        norm=norm if config["batch_norm"] else None,
+        activation=config["activation"],
+        dropout_rate=config["dropout_rate"],
+        local_response_norm=config["local_response_norm"],
+        width=config["width"],
+        pool_projection=config["pool_projection"],
+        separable_stem=config["separable_stem"],
+        per_activation_rows=config["per_activation_rows"],
+        auxiliary_head=config["auxiliary_head"],
+        kernel_init=_initialiser(config),
+        dtype=jnp.dtype(config["dtype"]),
+    )
+
+
+def _initialiser(config: Mapping[str, Any]) -> nn.initializers.Initializer:
+    scale = config["initial_scale"]
+    if config["initialisation"] == "he":
+        return nn.initializers.variance_scaling(2 * scale**2, "fan_in", "normal")
+    return nn.initializers.normal(config["initial_std"] * scale)

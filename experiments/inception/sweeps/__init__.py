@@ -1,0 +1,1 @@
+"""Runs of Inception that belong together, side by side."""

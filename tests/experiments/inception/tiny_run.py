@@ -1,0 +1,35 @@
+"""Runs `experiments.inception` with the tiny network and data of `tiny_inception`.
+
+python -m tests.experiments.inception.tiny_run [ARGUMENTS ...]
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.inception import config as default_config
+from experiments.running import commands
+from tests.experiments.inception.tiny_inception import TINY, run_tiny
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
+
+
+def tiny_arguments(
+    workdir: object, variant: str = "bn_x5", **changes: object
+) -> list[str]:
+    """The command line of a tiny run."""
+    changed = TINY | changes
+    return [
+        f"--config={variant},small",
+        *(f"--config.{key}={value}" for key, value in changed.items()),
+        f"--workdir={workdir}",
+    ]
+
+
+def main(config: dict[str, Any]) -> None:
+    run_tiny(config, Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    commands.launch(main, default_config, __doc__)
