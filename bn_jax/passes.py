@@ -214,10 +214,8 @@ def z_table(mean: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
 
 def _hoisted(form: Form, table: jax.Array) -> jax.Array:
     """The table for deviations in the form's unit."""
-    if form.unit != 1:
-        unit = jnp.array([[form.unit], [1 / form.unit], [1]], table.dtype)
-        table = table * unit.reshape(3, *(1,) * (table.ndim - 1))
-    return form.hoist(table)
+    mean, slope, shift = table
+    return form.hoist(jnp.stack([mean * form.unit, slope / form.unit, shift]))
 
 
 class _Deviations(NamedTuple):

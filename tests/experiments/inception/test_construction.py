@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.configuration.fields import ConfigError
 from experiments.distributed import parallel
 from experiments.inception.config import get_config
 from experiments.inception.construction import make_model
@@ -55,8 +54,3 @@ def test_initial_weights(initialisation, deviation):
     assert abs(weights.mean()) < 0.02 * deviation
     # Not truncated.
     assert abs(weights).max() > 3.5 * deviation
-
-
-def test_unknown_initialisation():
-    with pytest.raises(ConfigError, match=r"--config\.initialisation=zero: .* he\."):
-        make_model(tiny_config(initialisation="zero"), 10)

@@ -33,8 +33,8 @@ def stop_after(monkeypatch, calls: int) -> None:
     original = loop.progress_bar
     left = [calls]
 
-    def make_bar(*args):
-        bar = original(*args)
+    def make_bar(*args, **options):
+        bar = original(*args, **options)
         update = bar.update
 
         def count_down(steps):

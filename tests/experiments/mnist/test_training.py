@@ -191,7 +191,7 @@ def test_a_diverged_network_is_named_and_the_others_go_on(tmp_path, capsys):
 
 def test_a_diverged_run_gives_valid_json(tmp_path):
     """Infinite weights are a result, as in the paper's section 4.2.2."""
-    run(small_config(num_steps=10, learning_rate=1e30), tmp_path, None)
+    run(small_config(num_steps=10, learning_rate=3e38), tmp_path, None)
 
     def refuse(constant):
         raise AssertionError(constant)
