@@ -228,7 +228,7 @@ class Correction(NamedTuple):
 def correction_towards(
     stats: BatchStats, batch: Moments, eps: float, limits: Limits
 ) -> Correction:
-    """R and d, constant to the gradient; see `bn_jax.batch_renorm`."""
+    """The correction by `bn_jax.batch_renorm`, constant to the gradient."""
     dtype = batch.mean.dtype
     mean, var = (field.astype(dtype) for field in stats)
     r_max, d_max = (jnp.asarray(limit).astype(dtype) for limit in limits)

@@ -415,7 +415,13 @@ def test_wholly_masked_batches_move_nothing():
     assert_trees_close(got[0][1], stats, 0)
 
 
-@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_check_tracer_leaks"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "jax_debug_nans",
+        pytest.param("jax_check_tracer_leaks", marks=pytest.mark.slow),
+    ],
+)
 def test_under_debugging_flags(flag):
     (params, stats), batch = make_stacked(), make()[2]
     loss = functools.partial(stacked_loss, scanned)

@@ -209,6 +209,7 @@ def test_the_mlp_of_the_paper():
     assert "rsqrt" not in lowered.compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_norm", "activation"),
     [(bn_jax.linen.BatchNorm, "relu"), (nn.BatchNorm, "sigmoid")],

@@ -251,6 +251,7 @@ def test_activations_bound_what_the_rows_put_out(activation):
     assert (values.min() < 0) == (activation == "tanh")
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_and_nothing_else():
     images = small_images()
     labels = jnp.arange(4)
