@@ -1,5 +1,7 @@
 """Batch normalisation (Ioffe & Szegedy 2015) as a pure function in JAX."""
 
+import contextlib
+
 import jax.export
 
 from bn_jax.accumulation import accumulate_gradients
@@ -17,7 +19,8 @@ from bn_jax.statistics import (
     init_stats,
 )
 
-# So that `jax.export` can serialise functions of them.
+# So that `jax.export` can serialise functions of them. JAX refuses a name that it has,
+# as when a notebook loads the package again.
 for _type in (
     BatchNormParams,
     BatchStats,
@@ -25,9 +28,10 @@ for _type in (
     Moments,
     PopulationMoments,
 ):
-    jax.export.register_namedtuple_serialization(
-        _type, serialized_name=f"bn_jax.{_type.__name__}"
-    )
+    with contextlib.suppress(ValueError):
+        jax.export.register_namedtuple_serialization(
+            _type, serialized_name=f"bn_jax.{_type.__name__}"
+        )
 
 __version__ = "0.1.0"
 

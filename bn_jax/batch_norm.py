@@ -335,8 +335,9 @@ def _backward(
     def sums_pass(form: Form, *operands: Any) -> Any:
         return passes.gradient_sums_pass(form, layout, activation, *operands)
 
-    table = passes.z_table(mean, inverse_std * scale, bias)
-    b, product, table = forms.run(sums_pass, x, dy, weights, table)
+    b, product, table = forms.run(
+        sums_pass, x, dy, weights, mean, inverse_std * scale, bias
+    )
     s = jnp.where(inverse_std == 0, 0, inverse_std * product)
     # Devices may hold different scales, so what flows through the moments they share is
     # scaled before it is summed. The unscaled sums come along for parameters that are
@@ -360,8 +361,9 @@ def _backward(
             return passes.weights_gradient_pass(form, layout, *operands)
 
         var_share = 1 - options.eps * inverse_std**2  # var / (var + eps)
-        xhat_table = passes.z_table(mean, inverse_std, jnp.zeros_like(mean))
-        dw = forms.run(dw_pass, x, weights, xhat_table, var_share, b_share, s_share)
+        dw = forms.run(
+            dw_pass, x, weights, mean, inverse_std, var_share, b_share, s_share
+        )
         dw = collectives.match_varying(dw, weights)
 
     dscale, total_dscale = s, total_s
@@ -400,7 +402,7 @@ def _normalise(
     def one_pass(form: Form, *operands: Any) -> jax.Array:
         return passes.normalise_pass(form, layout, activation, *operands)
 
-    return forms.run(one_pass, x, weights, passes.z_table(mean, slope, shift))
+    return forms.run(one_pass, x, weights, mean, slope, shift)
 
 
 def _in_dtype(params: BatchNormParams, like: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -23,8 +23,9 @@ MAX_PARTS = 8
 # Eigen, which sums from 4096 values on and more accurately than XLA's own loop, must
 # get what the parts' sums leave. Smaller arrays are in the cache anyway.
 MIN_SIZE = 4096 * MAX_PARTS
-# The mean of fewer positions would often be a standard deviation off.
-MIN_SAMPLE = 16
+# The mean of fewer positions would often be half a standard deviation off. As many rows
+# XLA's CPU compiler adds in one unrolled loop: more of them take twice as long.
+MIN_SAMPLE = 8
 
 
 class Form(NamedTuple):
@@ -159,7 +160,8 @@ def _strided(every: int, layout: Layout, x: jax.Array) -> jax.Array:
     be sent from one device to the others. Every eighth is not, if the number of each
     device's examples divides by 8.
     """
-    every = _one_in(every, layout)
+    # A power of two: sizes divide by it.
+    every = 1 << (_one_in(every, layout).bit_length() - 1)
     batch, *others = layout.position_axes
     rows = [axis for axis in others if not _is_less(x.shape[axis], every // 2)]
     if not rows:
@@ -175,8 +177,7 @@ def _one_in(every: int, layout: Layout) -> int:
     """The share of the positions that a sample takes: all, if they are few."""
     if not _is_less(layout.num_positions, MIN_SAMPLE * every):
         return every
-    share = max(1, layout.num_positions // MIN_SAMPLE)
-    return 1 << (share.bit_length() - 1)  # a power of two: sizes divide by it
+    return max(1, -(-layout.num_positions // MIN_SAMPLE))
 
 
 # Plain sums are fast, but Eigen, which computes them, wants each array in memory first.

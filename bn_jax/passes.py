@@ -8,7 +8,8 @@ name are the same everywhere:
   layout: of x.
   x: the input, in its own dtype; dy: the cotangent of y, of x's shape.
   weights: of the statistics' dtype, broadcastable to x, or None.
-  table: as `z_table` makes it of per-feature arrays, in the statistics' dtype.
+  mean, slope, shift: (features), in the statistics' dtype. What the activation is
+    applied to is z = (x - mean) * slope + shift.
 
 A deviation from a mean does not overflow, however large finite values of x are: it is
 computed in the form's unit, halved or smaller. That is exact, and takes no instruction
@@ -204,17 +205,10 @@ def _unmasked(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x if weights is None else jnp.where(weights == 0, 0, x)
 
 
-def z_table(mean: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
-    """The table of per-feature arrays, (3, features), that three of the passes take.
-
-    With it z = (x - mean) * slope + shift is what the activation is applied to.
-    """
-    return jnp.stack([mean, slope, shift])
-
-
-def _hoisted(form: Form, table: jax.Array) -> jax.Array:
-    """The table for deviations in the form's unit."""
-    mean, slope, shift = table
+def _hoisted(
+    form: Form, mean: jax.Array, slope: jax.Array, shift: jax.Array
+) -> jax.Array:
+    """The table of per-feature arrays, (3, features), for deviations in form.unit."""
     return form.hoist(jnp.stack([mean * form.unit, slope / form.unit, shift]))
 
 
@@ -248,11 +242,14 @@ def normalise_pass(
     activation: Activation,
     x: jax.Array,
     weights: jax.Array | None,
-    table: jax.Array,
+    mean: jax.Array,
+    slope: jax.Array,
+    shift: jax.Array,
 ) -> jax.Array:
     """The output activation(z), like x; 0 where the weight is 0."""
-    _, scaled, shift = _deviations(form, layout, x, None, _hoisted(form, table))
-    y = activation.apply(scaled + shift)
+    table = _hoisted(form, mean, slope, shift)
+    _, scaled, row = _deviations(form, layout, x, None, table)
+    y = activation.apply(scaled + row)
     if weights is not None:
         y = jnp.where(weights == 0, 0, y)
     return y.astype(x.dtype)
@@ -304,15 +301,17 @@ def gradient_sums_pass(
     x: jax.Array,
     dy: jax.Array,
     weights: jax.Array | None,
-    table: jax.Array,
+    mean: jax.Array,
+    slope: jax.Array,
+    shift: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the positions: of g, and of g * (x - mean); (features) each.
 
     With them comes the table for `input_gradient_pass`.
     """
-    dy = dy.astype(table.dtype)
+    dy = dy.astype(mean.dtype)
     # Each sum computes what it needs again, so that no mask is stored.
-    first = form.hide(_hoisted(form, table))
+    first = form.hide(_hoisted(form, mean, slope, shift))
     _, gate = _deviation_and_gate(form, layout, activation, x, weights, first)
     second = form.hide(first)
     from_mean, gate_again = _deviation_and_gate(
@@ -364,7 +363,8 @@ def weights_gradient_pass(
     layout: Layout,
     x: jax.Array,
     weights: jax.Array,
-    xhat_table: jax.Array,
+    mean: jax.Array,
+    inverse_std: jax.Array,
     var_share: jax.Array,
     g_mean: jax.Array,
     product_mean: jax.Array,
@@ -373,10 +373,9 @@ def weights_gradient_pass(
 
       dw = -(g_mean * xhat + product_mean * (xhat^2 - var_share) / 2)
 
-    0 where the weight is 0: what padding holds is not known. With `xhat_table`, z is
-    xhat.
+    0 where the weight is 0: what padding holds is not known.
     """
-    table = _hoisted(form, xhat_table)
+    table = _hoisted(form, mean, inverse_std, jnp.zeros_like(mean))
     _, xhat, _ = _deviations(form, layout, x, weights, table)
     through_var = (jnp.square(xhat) - layout.expand(var_share)) / 2
     dw = layout.expand(g_mean) * xhat + layout.expand(product_mean) * through_var

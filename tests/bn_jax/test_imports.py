@@ -17,3 +17,8 @@ print('flax' in sys.modules)
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["[]", "True"]
+
+
+def test_the_package_can_be_loaded_again():
+    program = "import importlib, bn_jax; importlib.reload(bn_jax)"
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
