@@ -70,8 +70,8 @@ def test_no_worse_than_two_passes_of_flax(shape, mean):
     assert ours["y"] <= 0.6 * np.spacing(np.float32(mean)) + 1e-6
     # About zero both errors are that of a sum, a few units in the last place, and ours
     # has one rounding more, of what the sample's mean is off.
-    assert ours["y"] <= flax["y"] * (1.01 if mean else 1.3)
     slack = 1.01 if mean else 2
+    assert ours["y"] <= flax["y"] * slack
     assert ours["dx"] <= flax["dx"] * slack
     assert ours["dscale"] <= flax["dscale"] * slack
 
