@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def make_images(number: int) -> list[bytes]:
     return encoded
 
 
-def images_per_second(batches: Iterator[int], count: int) -> float:
+def images_per_second(batches: Generator[int], count: int) -> float:
     """How fast a pipeline is, once it runs; ends it.
 
     Args:
@@ -179,7 +179,7 @@ def images_per_second(batches: Iterator[int], count: int) -> float:
     began = time.perf_counter()
     made = sum(next(batches) for _ in range(count))
     seconds = time.perf_counter() - began
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return made / seconds
 
 
@@ -222,7 +222,7 @@ def feed(encoded: Sequence[bytes], image_size: int, workers: int) -> Any:
     )
 
 
-def _feed(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+def _feed(encoded: Sequence[bytes], workers: int) -> Generator[int]:
     batches = feed(encoded, SIZE, workers)
     try:
         for batch in batches:
@@ -231,7 +231,7 @@ def _feed(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
         batches.close()
 
 
-def _torch(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+def _torch(encoded: Sequence[bytes], workers: int) -> Generator[int]:
     from torch.utils.data import DataLoader
 
     images: Any = Torch(MemorySplit(encoded, SIZE))
@@ -242,7 +242,7 @@ def _torch(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
         yield len(labels)
 
 
-def _decoder(encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+def _decoder(encoded: Sequence[bytes], workers: int) -> Generator[int]:
     chosen = [encoded[i % len(encoded)] for i in range(workers * BATCH)]
     parts = [chosen[i::workers] for i in range(workers)]
     context = multiprocessing.get_context("spawn")
@@ -264,7 +264,7 @@ class _TensorFlow:
     def __init__(self, python: str) -> None:
         self._python = python
 
-    def __call__(self, encoded: Sequence[bytes], workers: int) -> Iterator[int]:
+    def __call__(self, encoded: Sequence[bytes], workers: int) -> Generator[int]:
         with tempfile.TemporaryDirectory() as folder:
             for number, image in enumerate(encoded):
                 (Path(folder) / f"{number:04}.jpeg").write_bytes(image)

@@ -1,6 +1,7 @@
 """What a run keeps on disk as it trains: checkpoints, rows of metrics and events."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,9 @@ class Record:
         for name, count in self._logs.items():
             kept = [step for step in done for _ in range(count)]
             path = self._workdir / f"{name}.jsonl"
-            log = in_every_process(lambda: MetricsLog(path, kept, writes=is_first()))  # noqa: B023
+            log = in_every_process(
+                functools.partial(MetricsLog, path, kept, writes=is_first())
+            )
             self._files[name] = log
             stack.callback(log.close)
         self._events = SummaryWriter(

@@ -287,16 +287,12 @@ MODES: dict[str, Callable[[Function], Outputs]] = {
     "`jax_enable_x64`": _with(enable_x64, True),
     "`jax_disable_jit`": _with(jax.disable_jit, True),
 }
-# What makes no sense, and why.
-NOT_APPLICABLE: dict[tuple[str, str], str] = {}
 
 
 def table() -> str:
     """The table of docs/modes.md."""
     lines = [["", *FUNCTIONS], ["---"] * (1 + len(FUNCTIONS))]
-    for mode in MODES:
-        cells = ("-" if (mode, f) in NOT_APPLICABLE else "yes" for f in FUNCTIONS)
-        lines.append([mode, *cells])
+    lines += [[mode, *["yes"] * len(FUNCTIONS)] for mode in MODES]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -63,9 +63,7 @@ def expected_ghost_step(
         x = part(problem.x)
         own = Problem(problem.params, problem.stats, x, part(problem.dy))
         own_weights = None if full is None else part(full)
-        steps.append(
-            expected_step(own, axis=axis, weights=own_weights, **options)  # type: ignore
-        )
+        steps.append(expected_step(own, axis=axis, weights=own_weights, **options))
         axes = [a % x.ndim for a in ([axis] if isinstance(axis, int) else axis)]
         columns = np.moveaxis(x, sorted(axes), range(len(axes)))
         features = columns.shape[: len(axes)]

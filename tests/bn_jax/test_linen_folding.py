@@ -490,13 +490,11 @@ class Reader(nn.Module):
         if kind == "custom_jvp":
             return decoded(y, kernel)
         if kind == "scan":
-            step = lambda y, _: (y @ kernel.T, None)  # noqa: E731
-            return jax.lax.scan(step, y, None, 2)[0]
+            return jax.lax.scan(lambda y, _: (y @ kernel.T, None), y, None, 2)[0]
         if kind == "cond":
             return jax.lax.cond(y.sum() > 0, lambda: y @ kernel.T, lambda: y)
         if kind == "while":
-            step = lambda i, y: y @ kernel.T  # noqa: E731
-            return jax.lax.fori_loop(0, 2, step, y)
+            return jax.lax.fori_loop(0, 2, lambda i, y: y @ kernel.T, y)
         if kind == "vmap":
             return jax.vmap(lambda row: kernel @ row)(y)
         if kind == "penalty":
@@ -553,7 +551,9 @@ class Mapped(nn.Module):
         def body(module, x):
             return module(x)
 
-        make = lambda: [nn.Dense(4, name="dense"), norm(), nn.relu]  # noqa: E731
+        def make():
+            return [nn.Dense(4, name="dense"), norm(), nn.relu]
+
         return self.transform(body)(Chain(make, name="chain"), x)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.bn_jax.modes import FUNCTIONS, MODES, NOT_APPLICABLE, Outputs, plainly, table
+from tests.bn_jax.modes import FUNCTIONS, MODES, Outputs, plainly, table
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,6 @@ def plain_outputs() -> dict[str, Outputs]:
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_function_in_every_mode(mode, function, plain_outputs):
-    if (mode, function) in NOT_APPLICABLE:
-        pytest.skip(NOT_APPLICABLE[mode, function])
     found = MODES[mode](FUNCTIONS[function])
     expected = plain_outputs[function]
     for part, name in ((found.examples, "examples"), (found.features, "features")):
