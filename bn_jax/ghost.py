@@ -106,8 +106,8 @@ def ghost_batch_norm(
         return infer(call), stats
     virtual = _Virtual(call.options, batch_axis, size)
     if single_value == "error":
-        x_shape = virtual.divide(call.x).shape
-        arguments.check_num_values(call.x, make_layout(x_shape, virtual.feature_axes))
+        divided = virtual.divided(call.x.shape)
+        arguments.check_num_values(call.x, make_layout(divided, virtual.feature_axes))
     result: tuple[jax.Array, Statistics] = _train_step(virtual, *call[1:])
     return result
 
@@ -131,11 +131,12 @@ class _Virtual(NamedTuple):
         """Where the axis of the virtual batches is among the feature axes."""
         return self.feature_axes.index(self.batch_axis)
 
-    def divide(self, array: jax.Array) -> jax.Array:
-        """Splits the batch axis into two: virtual batches, and the examples of each."""
+    def divided(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape whose batch axis is two: virtual batches, and examples of each."""
         b = self.batch_axis
-        split = (1, 1) if array.shape[b] == 1 else (-1, self.size)
-        return array.reshape(*array.shape[:b], *split, *array.shape[b + 1 :])
+        # Weights of size 1 there are the same for all examples.
+        split = (1, 1) if shape[b] == 1 else (shape[b] // self.size, self.size)
+        return (*shape[:b], *split, *shape[b + 1 :])
 
     def repeat(self, per_feature: Any, number: int) -> Any:
         """Gives each virtual batch the same per-feature arrays."""
@@ -165,10 +166,10 @@ def _train_step(
     number = x.shape[virtual.batch_axis] // virtual.size
     params, old = virtual.repeat((params, BatchStats(stats.mean, stats.var)), number)
     if weights is not None:
-        weights = virtual.divide(weights)
+        weights = weights.reshape(virtual.divided(weights.shape))
     options = virtual.options._replace(feature_axes=virtual.feature_axes)
     y, parts = normalise_by_batch(
-        options, params, virtual.divide(x), weights, old, None
+        options, params, x.reshape(virtual.divided(x.shape)), weights, old, None
     )
     y = y.reshape(x.shape)
     parts = Moments(*(jnp.moveaxis(p, virtual.among_features, 0) for p in parts))

@@ -28,18 +28,19 @@ def compiled(results_like: Callable[..., Any]) -> Callable[..., Any]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(options: Hashable, *operands: Any) -> Any:
             bound = functools.partial(function, options)
-            meshes = {jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)}
-            explicit = {mesh: _explicit_axes(mesh) for mesh in meshes}
-            for mesh, axes in explicit.items():
-                if axes:
-                    shardings = jax.tree.map(
-                        functools.partial(NamedSharding, mesh),
-                        results_like(options, *operands),
-                    )
-                    bound = jax.sharding.auto_axes(
-                        bound, axes=axes, out_sharding=shardings
-                    )
-            return bound(*operands)
+            meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
+            mesh = next(filter(_explicit_axes, meshes), None)
+            if mesh is None:
+                return bound(*operands)
+            automatic = jax.sharding.auto_axes(
+                bound,
+                axes=_explicit_axes(mesh),
+                out_sharding=jax.tree.map(
+                    functools.partial(NamedSharding, mesh),
+                    results_like(options, *operands),
+                ),
+            )
+            return automatic(*operands)
 
         named = functools.wraps(function)(call)
         return jax.jit(named, static_argnums=0, inline=True)

@@ -137,6 +137,19 @@ def test_two_mapped_axes_take_one_collective_too():
     assert counts == {"all-reduce": 2}
 
 
+@pytest.mark.parametrize("lanes", [64, 512])
+def test_one_example_a_lane_takes_no_more_memory_for_more_lanes(lanes):
+    """Under vmap, what a lane receives of the others must not grow with them."""
+    params, stats, x, _ = make_problem((lanes, 1, 64))
+
+    def normalise(x):
+        return batch_norm(params, stats, x, train=True, axis_name="a")
+
+    compiled = jax.jit(jax.vmap(normalise, axis_name="a")).lower(x).compile()
+    # Deviations, their squares, and each lane's moments: a few times the input.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 12 * x.nbytes
+
+
 @pytest.mark.parametrize(("names", "expected"), [((), 3), ((MOMENTS_NAME,), 2)])
 def test_rematerialisation_can_keep_the_shared_moments(names, expected):
     params, stats, x, _ = make_problem((16, 3))

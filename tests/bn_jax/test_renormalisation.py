@@ -263,6 +263,25 @@ def test_compiled_it_reduces_and_communicates_no_more_than_batch_norm():
     assert compiled(batch_renorm, r_max=3.0, d_max=5.0) == expected
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_written_for_every_platform_it_reduces_no_more(platform, dtype):
+    params, stats, x, _ = make_problem((8, 4, 3), dtype=dtype)
+
+    def reductions(normalise, **options):
+        def loss(params, x):
+            y, new = normalise(params, stats, x, train=True, **options)
+            return jnp.sum(y.astype(jnp.float32) ** 3), new
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        lowered = step.trace(params, x).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.reduce(")
+
+    expected = reductions(batch_norm)
+    assert expected > 0
+    assert reductions(batch_renorm, r_max=3.0, d_max=5.0) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
