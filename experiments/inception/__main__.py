@@ -22,33 +22,21 @@ from absl import flags
 from experiments.inception import config as default_config
 from experiments.running import commands
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder for the results; a stopped run goes on there. (default: runs/VARIANT)",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of prepared tensorflow-datasets (default: their own, "
-    "~/tensorflow_datasets).",
-)
 _DESCRIBE = flags.DEFINE_bool(
     "describe", False, "Print the network's layers and exit; needs no data."
 )
 
 
-def main(config: dict[str, Any]) -> None:
-    """Runs the experiment that the configuration and the flags describe."""
+def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
+    """Runs the experiment that the configuration and the flag describe."""
     # Imported here so that --help and wrong flags are answered at once.
     from experiments.inception import training
 
     if _DESCRIBE.value:
-        print(training.describe_network(config, _DATA_DIR.value))
-        return
-    workdir = Path(_WORKDIR.value or f"runs/{config['variant']}")
-    training.run(config, workdir, _DATA_DIR.value)
+        print(training.describe_network(config, data_dir))
+    else:
+        training.run(config, workdir, data_dir)
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__)
+    commands.launch(main, default_config, __doc__, workdir="runs/{variant}")

@@ -16,28 +16,17 @@ again with the same workdir, and ends with the same numbers.
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from experiments.mnist import config as default_config
 from experiments.running import commands
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/mnist", "Folder for the results; a stopped run goes on there."
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of prepared tensorflow-datasets; without it, mnist is the bundled one.",
-)
 
-
-def main(config: dict[str, Any]) -> None:
-    """Runs the experiment that the configuration and the flags describe."""
+def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
+    """Runs the experiment that the configuration describes."""
     # Imported here so that --help and wrong flags are answered at once.
     from experiments.mnist.training import run
 
-    run(config, Path(_WORKDIR.value), _DATA_DIR.value)
+    run(config, workdir, data_dir)
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__)
+    commands.launch(main, default_config, __doc__, workdir="runs/mnist")

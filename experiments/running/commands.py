@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -32,9 +34,11 @@ FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
 
 
 def launch(
-    main: Callable[[dict[str, Any]], None],
+    main: Callable[[dict[str, Any], Path, str | None], None],
     configuration: ModuleType,
     documentation: str | None,
+    *,
+    workdir: str,
 ) -> None:
     """Parses the command line and runs a command.
 
@@ -43,11 +47,26 @@ def launch(
     interrupted from the keyboard.
 
     Args:
-      main: the command, called with the configuration when flags are parsed.
+      main: the command, called with the configuration, the folder for the results and
+        that of the data, or None, when flags are parsed.
       configuration: the module of the default configuration. It has `get_config` and
         `CONFIGURATION`.
       documentation: what --help says first.
+      workdir: the default folder for the results, in which keys of the configuration
+        may stand in braces.
     """
+    shown = re.sub("{(.*?)}", lambda key: key[1].upper(), workdir)
+    folder = flags.DEFINE_string(
+        "workdir",
+        None,
+        f"Folder for the results; a stopped run goes on there. (default: {shown})",
+    )
+    data = flags.DEFINE_string(
+        "data_dir",
+        None,
+        "Folder of prepared tensorflow-datasets (default: the bundled images for "
+        "mnist, else ~/tensorflow_datasets).",
+    )
     flag = config_flags.DEFINE_config_file(
         "config",
         None,  # put in by `parse`: ml_collections looks at overrides of a default early
@@ -93,7 +112,8 @@ def launch(
         raise_on_sigterm()
         with _one_line_errors("; the same command goes on from the last checkpoint."):
             start_processes()
-            main(flag.value.to_dict())
+            config = flag.value.to_dict()
+            main(config, Path(folder.value or workdir.format(**config)), data.value)
 
     app.run(run, flags_parser=parse)
 

@@ -6,7 +6,6 @@ prints the table of docs/modes.md; `test_modes.py` runs each of its cells.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bn_jax
 from bn_jax import BatchNormParams, BatchStats, collectives
-from tests.bn_jax.reference import enable_x64
+from tests.bn_jax.debug_flags import FLAGS
 
 FEATURES, BATCH, DEVICES = 4, 16, 4
 RANDOM = np.random.default_rng(0)
@@ -87,9 +86,8 @@ def ghost(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
 
 
 def moments(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
-    return Outputs(
-        features=bn_jax.moments(x, weights=weights, axis_name=axis_name),
-    )
+    found = bn_jax.moments(x, weights=weights, axis_name=axis_name)
+    return Outputs(features=(found, bn_jax.merge_moments(found, found, found)))
 
 
 def population(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
@@ -104,7 +102,12 @@ def population(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outpu
 def fold(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
     kernel, bias = bn_jax.fold_dense(KERNEL, None, PARAMS, STATS, eps=1e-5)
     y = jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())))
-    return Outputs(y + jnp.expand_dims(bias, (0, 1)))
+    y = y + jnp.expand_dims(bias, (0, 1))
+    others = (
+        bn_jax.inference_affine(PARAMS, STATS, eps=1e-5),
+        bn_jax.fold_conv(KERNEL[None], None, PARAMS, STATS, eps=1e-5),
+    )
+    return Outputs(y, others)
 
 
 def accumulate(x: jax.Array, weights: jax.Array, axis_name: str | None) -> Outputs:
@@ -137,10 +140,10 @@ FUNCTIONS: dict[str, Function] = {
     "`batch_norm`, inference": infer,
     "`batch_renorm`": renormalise,
     "`ghost_batch_norm`": ghost,
-    "`moments`": moments,
+    "`moments`, `merge_moments`": moments,
     "`population_statistics`": population,
     "`accumulate_gradients`": accumulate,
-    "`fold_dense`": fold,
+    "`fold_dense`, `fold_conv`, `inference_affine`": fold,
 }
 
 
@@ -254,11 +257,9 @@ def explicit_shardings_of_features(function: Function) -> Outputs:
     return _over_a_mesh(function, AxisType.Explicit, spec)
 
 
-def _with(
-    setting: Callable[[Any], AbstractContextManager[Any]], value: Any
-) -> Callable[[Function], Outputs]:
+def under(flag: str) -> Callable[[Function], Outputs]:
     def run(function: Function) -> Outputs:
-        with setting(value):
+        with FLAGS[flag]():
             # A function of its own, so that nothing traced before is used.
             return jax.jit(lambda x, w: function(x, w, None))(X, WEIGHTS)
 
@@ -279,13 +280,7 @@ MODES: dict[str, Callable[[Function], Outputs]] = {
     "explicit shardings": explicit_shardings,
     "explicit, features divided": explicit_shardings_of_features,
     "`export`, symbolic batch": exported,
-    "`jax_debug_nans`": _with(jax.debug_nans, True),
-    "`jax_debug_infs`": _with(jax.debug_infs, True),
-    "`jax_check_tracer_leaks`": _with(jax.check_tracer_leaks, True),
-    "`jax_numpy_rank_promotion=raise`": _with(jax.numpy_rank_promotion, "raise"),
-    "`jax_numpy_dtype_promotion=strict`": _with(jax.numpy_dtype_promotion, "strict"),
-    "`jax_enable_x64`": _with(enable_x64, True),
-    "`jax_disable_jit`": _with(jax.disable_jit, True),
+    **{f"`{flag}`": under(flag) for flag in FLAGS},
 }
 
 

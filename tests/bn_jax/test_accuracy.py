@@ -56,24 +56,24 @@ def largest_error(name: str, actual: Step, expected: Step) -> float:
 @pytest.mark.parametrize("mean", [0, 300, 1e3, 1e4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_two_passes_of_flax(shape, mean):
-    ours, flax = ({name: 0.0 for name in ("y", "dx", "dscale")} for _ in range(2))
-    for seed in SEEDS:
+    ours, flax = ({name: [] for name in ("y", "dx", "dscale")} for _ in range(2))
+    # About zero both errors are that of a sum, a few units in the last place: what one
+    # seed's are is chance.
+    for seed in SEEDS if mean else range(40):
         problem = make_hard_problem(shape, mean, seed)
         expected = expected_step(problem)
-        for worst, step in ((ours, actual_step), (flax, flax_step)):
+        for errors, step in ((ours, actual_step), (flax, flax_step)):
             actual = step(problem)
-            for name in worst:
-                error = largest_error(name, actual, expected)
-                worst[name] = max(worst[name], error)
+            for name in errors:
+                errors[name].append(largest_error(name, actual, expected))
     # Half a unit in the last place of the mean is all that is lost, at a standard
     # deviation of the sample that may be a little under 1.
-    assert ours["y"] <= 0.6 * np.spacing(np.float32(mean)) + 1e-6
-    # About zero both errors are that of a sum, a few units in the last place, and ours
-    # has one rounding more, of what the sample's mean is off.
-    slack = 1.01 if mean else 2
-    assert ours["y"] <= flax["y"] * slack
-    assert ours["dx"] <= flax["dx"] * slack
-    assert ours["dscale"] <= flax["dscale"] * slack
+    assert max(ours["y"]) <= 0.6 * np.spacing(np.float32(mean)) + 1e-6
+    for name in ours:
+        if mean:
+            assert max(ours[name]) <= 1.01 * max(flax[name])
+        else:
+            assert np.mean(ours[name]) <= 1.25 * np.mean(flax[name])
 
 
 @pytest.mark.parametrize(("mean", "limit"), [(0, 1e-6), (300, 2e-5), (1e4, 4e-4)])

@@ -16,6 +16,7 @@ import bn_jax.linen
 from bn_jax.linen_folding import apply_folded, check_folded, fold_batch_norms
 from experiments.inception.network import Inception
 from experiments.mnist.network import MLP
+from tests.bn_jax.debug_flags import FLAGS
 from tests.bn_jax.reference import lenient
 
 BATCH_NORMS = [nn.BatchNorm, bn_jax.linen.BatchNorm]
@@ -728,15 +729,6 @@ def test_boxes_stay(norm_first, use_bias, box):
         assert type(layer[name]) is type(variables["params"]["dense"]["kernel"])
         assert layer[name].names == names
         assert layer[name].value.ndim == len(names)
-
-
-FLAGS = {
-    "leaks": jax.checking_leaks,
-    "ranks": partial(jax.numpy_rank_promotion, "raise"),
-    "dtypes": partial(jax.numpy_dtype_promotion, "strict"),
-    "x64": partial(jax.enable_x64, True),
-    "nans": partial(jax.debug_nans, True),
-}
 
 
 @pytest.mark.parametrize("flag", FLAGS)

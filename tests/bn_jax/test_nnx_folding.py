@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import bn_jax.nnx
 from bn_jax.nnx_folding import FoldedBatchNorm, check_folded, fold_batch_norms
+from tests.bn_jax.debug_flags import FLAGS
 from tests.bn_jax.reference import lenient
 
 
@@ -437,15 +438,6 @@ def test_sharding_metadata_stays(names, use_bias):
     assert check_folded(model, folded, rows()) < 1e-5
     assert folded.a.kernel.get_metadata()["out_sharding"] == names
     assert folded.a.bias.get_metadata()["out_sharding"] == names[1:]
-
-
-FLAGS = {
-    "leaks": jax.checking_leaks,
-    "ranks": partial(jax.numpy_rank_promotion, "raise"),
-    "dtypes": partial(jax.numpy_dtype_promotion, "strict"),
-    "x64": partial(jax.enable_x64, True),
-    "nans": partial(jax.debug_nans, True),
-}
 
 
 @pytest.mark.parametrize("flag", FLAGS)

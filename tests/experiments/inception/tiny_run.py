@@ -6,13 +6,9 @@ python -m tests.experiments.inception.tiny_run [ARGUMENTS ...]
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from experiments.inception import config as default_config
 from experiments.running import commands
 from tests.experiments.inception.tiny_inception import TINY, run_tiny
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.")
 
 
 def tiny_arguments(
@@ -27,9 +23,9 @@ def tiny_arguments(
     ]
 
 
-def main(config: dict[str, Any]) -> None:
-    run_tiny(config, Path(_WORKDIR.value))
+def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
+    run_tiny(config, workdir)
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__)
+    commands.launch(main, default_config, __doc__, workdir="runs/{variant}")
