@@ -273,6 +273,29 @@ def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
     return {"mnist": table(list(keys), body)}
 
 
+def draw_activations(content: dict[str, Any]) -> Figure:
+    """How much longer an activation takes after the transform than in it."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    panel = figure.subplots()
+    names = list(dict.fromkeys(row["activation"] for row in content["rows"]))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in content["rows"]))
+    for number, dtype in enumerate(dtypes):
+        own = _select(content["rows"], dtype=dtype)
+        places = np.arange(len(names)) + 0.4 * number - 0.2
+        panel.bar(places, [row["apart / fused"] for row in own], 0.38, label=dtype)
+    panel.axhline(1, color="black", linewidth=0.8)
+    panel.set_xticks(range(len(names)), names)
+    panel.set_ylabel("time apart / fused")
+    panel.legend()
+    return figure
+
+
+def activations_tables(content: dict[str, Any]) -> dict[str, str]:
+    """One row an activation and dtype."""
+    rows = content["rows"]
+    return {"activations": table(list(rows[0]), [list(row.values()) for row in rows])}
+
+
 def draw_input(content: dict[str, Any]) -> Figure:
     """Images a second against workers."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -392,6 +415,7 @@ PARTS: dict[
     ],
 ] = {
     "op": (draw_op, op_tables),
+    "activations": (draw_activations, activations_tables),
     "network": (draw_network, network_tables),
     "mnist": (draw_mnist, mnist_tables),
     "input": (draw_input, input_tables),
