@@ -44,6 +44,7 @@ class MemorySplit:
 
     num_classes = 10
     device_bytes = None
+    checksum = ""
 
     def __init__(self, encoded: Sequence[bytes], image_size: int) -> None:
         """Takes the files' contents and the size of crops."""

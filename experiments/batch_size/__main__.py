@@ -14,7 +14,6 @@ again with the same workdir.
 from pathlib import Path
 from typing import Any
 
-from experiments.batch_size import config as default_config
 from experiments.running import commands
 
 
@@ -27,4 +26,6 @@ def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__, workdir="runs/batch_size")
+    commands.launch(
+        main, "experiments.batch_size.config", __doc__, workdir="runs/batch_size"
+    )

@@ -1,7 +1,6 @@
 """The runs of the batch size experiment: data orders, training, what is left to do."""
 
 import functools
-import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from experiments.data.image_set import ImageSet, load_image_set
 from experiments.distributed.progress import progress_bar
 from experiments.running.figures import save
 from experiments.running.loop import Plan, fit
-from experiments.running.metrics import finite, read_rows
-from experiments.running.workdir import open_workdir, write_whole
+from experiments.running.metrics import MetricsLog, finite
+from experiments.running.workdir import open_workdir, write_json, write_whole
 from experiments.training.optimisers import make_optimiser, with_learning_rate
 from experiments.training.state import TrainState
 
@@ -75,26 +74,23 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
     check(config)
     images = load_image_set(config["dataset"], data_dir)
     data = split(images, config)
-    with open_workdir(workdir, config, CONFIGURATION):
-        path = workdir / "results.jsonl"
-        rows = read_rows(path)
-        done = {Setting(*(row[field] for field in Setting._fields)) for row in rows}
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    described = {**config, "data_checksum": images.checksum}
+    with open_workdir(workdir, described, CONFIGURATION):
+        log = MetricsLog(workdir / "results.jsonl")
+        done = {Setting(*(row[field] for field in Setting._fields)) for row in log.rows}
         settings = list(all_settings(config))
         with progress_bar(len(settings), len(done), "setting") as bar:
             for setting in settings:
                 if setting in done:
                     continue
                 bar.set_postfix_str(" ".join(map(str, setting)), refresh=False)
-                rows.append(
-                    finite(train_setting(setting, config, data, images.num_classes))
-                )
-                with path.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                log.write(train_setting(setting, config, data, images.num_classes))
+                log.flush()
+                log.check()
                 bar.update()
-        summary = summarise(config, rows)
-        text = json.dumps(finite(summary), indent=2, allow_nan=False)
-        write_whole(workdir / "summary.json", text + "\n")
+        log.close()
+        summary = summarise(config, log.rows)
+        write_json(workdir / "summary.json", finite(summary))
         write_whole(workdir / "batch_size.md", page(summary))
         save(draw(summary), workdir / "batch_size")
     print(page(summary))

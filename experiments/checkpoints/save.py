@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,13 +30,29 @@ from experiments.checkpoints.stored import (
     stored_steps,
 )
 from experiments.distributed.agreement import as_first_process, first_message
-from experiments.distributed.processes import KNOWN_TO_ALL, in_first_process, print_once
+from experiments.distributed.processes import (
+    KNOWN_TO_ALL,
+    in_every_process,
+    in_first_process,
+    print_once,
+)
 from experiments.running import provenance
-from experiments.running.metrics import finite
+from experiments.running.metrics import Kept, finite
 from experiments.training.state import TrainState
 
+# From what a checkpoint says about itself to why it is not to be gone on with; empty if
+# it is.
+Check = Callable[[Metadata], str]
 NEWEST = 2  # kept, beside the best: one while the other is being written
 _DAMAGED = "damaged: "  # what a message between processes starts with
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read."""
+
+    step: int  # steps done
+    states: dict[str, TrainState]
+    metadata: Metadata
 
 
 class Checkpoints:
@@ -66,6 +82,9 @@ class Checkpoints:
         step: int,
         states: Mapping[str, TrainState],
         score: float | None = None,
+        *,
+        rows: Mapping[str, Kept] | None = None,
+        losses: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts saving; the arrays may be overwritten as soon as this returns.
 
@@ -73,6 +92,8 @@ class Checkpoints:
           step: steps done.
           states: a state a network; on all processes the same.
           score: of the best, the highest, is kept. None or NaN if there is none.
+          rows: as `Metadata` has them.
+          losses: as `Metadata` has them; JSON values.
 
         Raises:
           CheckpointError: this or the save before failed, or there is a checkpoint of
@@ -89,6 +110,8 @@ class Checkpoints:
                 name: record_of(_on_host(name, leaf))
                 for name, leaf in named_leaves(items).items()
             },
+            rows=None if rows is None else dict(rows),
+            losses=None if losses is None else finite(losses),
         )
         arrays = {name: ocp.args.StandardSave(items[name]) for name in ARRAY_ITEMS}
         with self._writing():
@@ -107,14 +130,19 @@ class Checkpoints:
             )
 
     def restore_newest(
-        self, like: Mapping[str, TrainState]
-    ) -> tuple[int, dict[str, TrainState]] | None:
+        self, like: Mapping[str, TrainState], check: Check | None = None
+    ) -> Restored | None:
         """Restores the newest sound checkpoint, as the function of this name does.
 
         Damaged ones that are newer are renamed, so that their steps can be saved again.
         To be called before the first save.
         """
-        return restore_newest(self._directory, like, set_aside=True)
+        return restore_newest(self._directory, like, check, set_aside=True)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and releases the folder."""
@@ -168,8 +196,12 @@ class _NewestAndBest:
 
 
 def restore_newest(
-    directory: Path, like: Mapping[str, TrainState], *, set_aside: bool = False
-) -> tuple[int, dict[str, TrainState]] | None:
+    directory: Path,
+    like: Mapping[str, TrainState],
+    check: Check | None = None,
+    *,
+    set_aside: bool = False,
+) -> Restored | None:
     """Restores the newest sound checkpoint, or returns None if there is none at all.
 
     Says on one line which damaged ones it passes over. Processes agree: a checkpoint is
@@ -179,29 +211,31 @@ def restore_newest(
       directory: of one run's checkpoints; need not exist.
       like: states of the same structure and shapes, placed on devices as the restored
         ones are to be. Their number may differ from that of the run that saved.
+      check: says whether the newest sound one is to be restored.
       set_aside: rename those passed over, from STEP to STEP.damaged.
 
-    Returns:
-      The number of steps done and the states.
-
     Raises:
-      CheckpointError: no checkpoint is sound, or one is of another network.
+      CheckpointError: no checkpoint is sound, one is of another network or does not
+        pass the check, or the system cannot read it.
     """
     items = _split(like)
     targets = named_leaves(items)
     damaged: dict[Path, str] = {}
-    for step in reversed(as_first_process(stored_steps(directory))):
+    steps = in_every_process(lambda: stored_steps(directory))
+    for step in reversed(as_first_process(steps)):
         folder = directory.absolute() / str(step)
-        arrays, problem = _try_to_read(folder, targets)
+        metadata, arrays, problem = _try_to_read(folder, targets, check)
         problem = first_message(problem)
         if not problem:
+            assert metadata is not None
             in_first_process(lambda: _report(damaged, set_aside))
             leaves = [_place(arrays[name], leaf) for name, leaf in targets.items()]
             restored = jax.tree.unflatten(jax.tree.structure(items), leaves)
-            return step, {
+            states = {
                 name: TrainState(*(restored[item][name] for item in ARRAY_ITEMS))
                 for name in like
             }
+            return Restored(step, states, metadata)
         if not problem.startswith(_DAMAGED):
             raise _agreed(problem)
         damaged[folder] = problem.removeprefix(_DAMAGED)
@@ -215,9 +249,9 @@ def restore_newest(
 
 
 def _try_to_read(
-    folder: Path, targets: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], str]:
-    """A checkpoint's arrays, and what is wrong with it; one of both is empty."""
+    folder: Path, targets: Mapping[str, Any], check: Check | None
+) -> tuple[Metadata | None, dict[str, np.ndarray], str]:
+    """A checkpoint, and what is wrong with it; one of both is empty."""
     try:
         if not folder.is_dir():
             raise CheckpointError(
@@ -230,11 +264,13 @@ def _try_to_read(
                 f"checkpoint {folder} is of another network: {listing(lines)}. Give "
                 "the configuration that it was trained with, or another workdir."
             )
-        return read_arrays(folder, metadata), ""
+        if check is not None and (difference := check(metadata)):
+            raise CheckpointError(f"checkpoint {folder} {difference}")
+        return metadata, read_arrays(folder, metadata), ""
     except DamagedError as error:
-        return {}, f"{_DAMAGED}{error}"
+        return None, {}, f"{_DAMAGED}{error}"
     except CheckpointError as error:
-        return {}, str(error)
+        return None, {}, str(error)
 
 
 def _report(damaged: Mapping[Path, str], set_aside: bool) -> None:

@@ -5,7 +5,9 @@ waits for no other process.
 """
 
 import contextlib
-import json
+import errno
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.checkpoints.orbax_messages import silence_leftovers
+from experiments.running import sealed
+from experiments.running.metrics import Kept
 from experiments.running.workdir import WorkdirError
 from experiments.training.state import TrainState
 
-FORMAT = 1
+# 1 lacks `rows` and `losses`.
+FORMATS = 1, 2
 # What a checkpoint holds apart, so that each can be read without the others.
 ARRAY_ITEMS = TrainState._fields
 METADATA_ITEM = "metadata"
@@ -58,6 +63,10 @@ class Metadata(NamedTuple):
     config: dict[str, Any]  # of the run
     provenance: dict[str, Any]  # as `experiments.running.provenance` describes it
     arrays: dict[str, ArrayRecord]  # by name, as "params/network/conv1/kernel"
+    # The rows of each log up to here; None if the checkpoint knows of none.
+    rows: dict[str, Kept] | None = None
+    # Where the evaluation of this step is still to be made: what it is to report.
+    losses: dict[str, Any] | None = None
 
     @property
     def networks(self) -> list[str]:
@@ -66,11 +75,36 @@ class Metadata(NamedTuple):
 
 
 def stored_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, which need not exist; increasing."""
-    if not directory.is_dir():
+    """Steps of the checkpoints in a folder, which need not exist; increasing.
+
+    Raises:
+      CheckpointError: the folder, or one of its entries with a step's name, is none
+        that can be read. Orbax would take it for a checkpoint, or for none at all.
+    """
+    if not os.path.lexists(directory):
         return []
-    names = [path.name for path in directory.iterdir() if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    steps = []
+    for entry in _entries(directory):
+        if not entry.name.isdecimal():
+            continue
+        if str(int(entry.name)) != entry.name:
+            raise CheckpointError(
+                f"{entry} has the name of no checkpoint: expected that of step "
+                f"{int(entry.name)} to be {int(entry.name)}; rename it or move it away."
+            )
+        _entries(entry)
+        steps.append(int(entry.name))
+    return sorted(steps)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is no folder that can be read ({error.strerror}): expected one, "
+            "on a disk that is there; make it so, or move it away."
+        ) from None
 
 
 def best_step(scores: Mapping[int, float | None]) -> int | None:
@@ -97,8 +131,7 @@ def record_of(array: np.ndarray) -> ArrayRecord:
 
 def encode(metadata: Metadata) -> dict[str, Any]:
     """Metadata as JSON values, with a checksum of their own."""
-    content = json.loads(json.dumps({"format": FORMAT, **metadata._asdict()}))
-    return content | {"crc32c": _checksum_of_json(content)}
+    return sealed.seal({"format": FORMATS[-1], **metadata._asdict()})
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -108,27 +141,30 @@ def read_metadata(folder: Path) -> Metadata:
       folder: of one step.
 
     Raises:
-      DamagedError: it cannot be read, or is not what was written.
-      CheckpointError: it is of another format.
+      DamagedError: it cannot be parsed, or is not what was written.
+      CheckpointError: it is of another format, or cannot be read.
     """
-    with _as_damage(METADATA_ITEM):
+    with _as_damage(folder / METADATA_ITEM):
         content = ocp.JsonCheckpointHandler().restore(folder / METADATA_ITEM)
         # Another format may have its checksum elsewhere.
-        checked = "crc32c" in content or content.get("format") == FORMAT
-        if checked and content.pop("crc32c", None) != _checksum_of_json(content):
-            raise DamagedError("metadata differs from its checksum")
-    if content.get("format") != FORMAT:
+        if content.get("format") in FORMATS and sealed.CHECKSUM not in content:
+            raise DamagedError("metadata has no checksum")
+        content = sealed.unseal(content)
+    if content.get("format") not in FORMATS:
         raise CheckpointError(
             f"{folder} has checkpoint format {content.get('format', 0)}: this version "
-            f"reads format {FORMAT}; use the version that wrote it, or another workdir."
+            f"reads formats {' and '.join(map(str, FORMATS))}; use the version that "
+            "wrote it, or another workdir."
         )
-    fields = {field: content[field] for field in Metadata._fields}
+    fields = {field: content[field] for field in Metadata._fields if field in content}
     if folder.name.isdecimal() and int(folder.name) != fields["step"]:
         raise DamagedError(f"it is the checkpoint of step {fields['step']}")
     arrays = {
         name: ArrayRecord(tuple(shape), dtype, crc)
         for name, (shape, dtype, crc) in fields.pop("arrays").items()
     }
+    if fields.get("rows") is not None:
+        fields["rows"] = {name: Kept(*kept) for name, kept in fields["rows"].items()}
     return Metadata(**fields, arrays=arrays)
 
 
@@ -150,7 +186,7 @@ def read_arrays(
     """
     found: dict[str, np.ndarray] = {}
     for item in items:
-        with _as_damage(item):
+        with _as_damage(folder / item):
             found |= named_leaves({item: _read_item(folder.absolute() / item)})
     expected = {
         name: record
@@ -223,19 +259,47 @@ def cause_of(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _as_damage(what: str) -> Iterator[None]:
+def _as_damage(item: Path) -> Iterator[None]:
     # Orbax and what it builds on raise whatever the damage happens to break.
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        raise DamagedError(f"{what} cannot be read: {cause_of(error)}") from error
+        reason = _fault_of_the_system(error, item)
+        if reason is not None:
+            raise CheckpointError(
+                f"{item} cannot be read ({reason}); nothing was changed, and after a "
+                "remedy the same command goes on."
+            ) from error
+        raise DamagedError(f"{item.name} cannot be read: {cause_of(error)}") from error
 
 
-def _checksum_of_json(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return f"{google_crc32c.value(text.encode()):08x}"
+def _fault_of_the_system(error: BaseException | None, item: Path) -> str | None:
+    """What the system could not do; None if an error has other causes.
+
+    A file that is missing, in a checkpoint that is there, is damage.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return "there is not enough memory"
+        # TensorStore has its own words for errors of the system.
+        named = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        if number is not None and number not in _MISSING:
+            return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    try:
+        for path in item.rglob("*"):
+            # A pipe would be waited for.
+            if not (path.is_dir() or path.is_fifo()):
+                path.read_bytes()
+    except OSError as failure:
+        return None if failure.errno in _MISSING else failure.strerror
+    return None
+
+
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def _read_item(path: Path) -> Any:

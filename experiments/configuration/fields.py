@@ -136,8 +136,14 @@ class Configuration:
             for key in sorted(earlier.keys() | (now.keys() & known))
             if key not in launching
             for before in [earlier.get(key, as_json(known.get(key)))]
-            if before != now.get(key, absent)
+            if not _is_same(before, now.get(key, absent))
         ]
+
+
+def _is_same(earlier: Any, now: Any) -> bool:
+    if isinstance(earlier, Mapping) and isinstance(now, Mapping):
+        return all(value == now.get(key) for key, value in earlier.items())
+    return bool(earlier == now)
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -147,6 +153,8 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 def as_json(value: Any) -> Any:
     """A value as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: as_json(entry) for key, entry in value.items()}
     return list(map(as_json, value)) if isinstance(value, tuple | list) else value
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import google_crc32c
 import numpy as np
 
 from experiments.data.crops import evaluation_crops
@@ -58,6 +59,11 @@ class ClutteredDigits:
         """Consecutive examples that count as one file."""
         whole, rest = divmod(len(self), SHARD_LENGTH)
         return (SHARD_LENGTH,) * whole + (rest,) * bool(rest)
+
+    @property
+    def checksum(self) -> str:
+        """Of the digits."""
+        return f"{google_crc32c.value(self._digits.tobytes()):08x}"
 
     @property
     def device_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """The data sets of section 4.2's experiment, by name."""
 
+from experiments.data.errors import DataError
 from experiments.data.splits import Augmentation, Split
 
 CLUTTERED_MNIST = "cluttered_mnist"
@@ -24,6 +25,11 @@ def load_splits(
     """
     # Imported here because each brings what the other does not need.
     if name == CLUTTERED_MNIST:
+        if data_dir is not None:
+            raise DataError(
+                f"--data_dir={data_dir}: {name} is composed of the bundled digits, and "
+                "reads no other; leave it out, or name your set: --config.dataset=NAME."
+            )
         from experiments.data.cluttered_digits import load_cluttered_digits
 
         return load_cluttered_digits(augmentation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import google_crc32c
 import numpy as np
 
 from experiments.data.crops import evaluation_crops, training_crop
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
     from experiments.data.device_augmentation import DeviceExamples
+
+SAMPLE = 64  # records that the checksum of a split is of
 
 
 def load_prepared_splits(
@@ -76,6 +79,12 @@ class _PreparedSplit:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def checksum(self) -> str:
+        indices = np.linspace(0, len(self) - 1, min(len(self), SAMPLE), dtype=int)
+        sample = b"".join(self._records[int(index)] for index in indices)
+        return f"{google_crc32c.value(sample):08x}"
 
     @property
     def device_bytes(self) -> int | None:

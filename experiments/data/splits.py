@@ -47,6 +47,10 @@ class Split(Protocol):
         """The number of examples."""
 
     @property
+    def checksum(self) -> str:
+        """What tells two sets of a name and size apart: of a sample, hexadecimal."""
+
+    @property
     def device_bytes(self) -> int | None:
         """What all examples take on a device; None if their sizes differ."""
 

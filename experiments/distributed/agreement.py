@@ -44,3 +44,21 @@ def first_message(own: str) -> str:
         for row in shared.reshape(-1, MAX_BYTES)
     ]
     return next((message for message in messages if message), "")
+
+
+def any_process(own: bool) -> bool:
+    """Whether it holds in any process; all must ask."""
+    if jax.process_count() == 1:
+        return own
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(own))))
+
+
+def text_of_first_process(own: str) -> str:
+    """The first process's text, on all."""
+    if jax.process_count() == 1:
+        return own
+    content = np.frombuffer(own.encode(), np.uint8)
+    (size,) = as_first_process([len(content)])
+    padded = np.zeros(size, np.uint8)
+    padded[: len(content)] = content[:size]
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()

@@ -1,12 +1,14 @@
 """Several processes that train together, each on the devices of its own machine."""
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from experiments.configuration.fields import ConfigError
-from experiments.distributed.agreement import first_message
+from experiments.distributed.agreement import first_message, text_of_first_process
 from experiments.distributed.parallel import DeviceError
 
 Result = TypeVar("Result")
@@ -69,6 +71,8 @@ def start(
             f"{wait} s (--start_seconds) for all others at {address.coordinator}.",
             flush=True,
         )
+    # Signals are for `experiments.running.stopping`, not for JAX's own service.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *address,
@@ -128,6 +132,46 @@ def _check_address(mode: str, address: Address) -> None:
             f"--process_id={number} with --num_processes={count}: expected 0 to one "
             "less than their number."
         )
+
+
+def check_same(own: Mapping[str, Any]) -> None:
+    """Checks, in all processes, that each was started in the same way.
+
+    Args:
+      own: what they must have in common; JSON values.
+
+    Raises:
+      ProcessesError: one differs from the first.
+    """
+    if jax.process_count() == 1:
+        return
+    first = json.loads(text_of_first_process(json.dumps(own)))
+
+    def compare() -> None:
+        differing = [
+            f"{key}={value} ({first.get(key)} in process 0)"
+            for key, value in json.loads(json.dumps(own)).items()
+            if first.get(key) != value
+        ]
+        if differing:
+            raise ProcessesError(
+                f"{', '.join(differing)}: expected the same in all processes; start "
+                "them with one command, in one environment."
+            )
+
+    in_every_process(compare)
+
+
+def part(say: Callable[[], None]) -> None:
+    """Ends the connection with the other processes, all of which end, too.
+
+    Args:
+      say: tells the user why, before the others are waited for.
+    """
+    say()
+    if are_several():
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
 
 
 def are_several() -> bool:

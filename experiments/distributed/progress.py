@@ -1,6 +1,7 @@
 """A progress bar for long work: rate, results so far, and the time that is left."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +21,26 @@ def progress_bar(
       unit: what one is called.
       shown: nothing is, otherwise.
     """
-    return tqdm(
+    on_terminal = sys.stderr.isatty()
+    return (tqdm if on_terminal else _Lines)(
         total=total,
         initial=done,
         unit=f" {unit}",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
+        mininterval=0.5 if on_terminal else 10,
         dynamic_ncols=True,
         disable=not (shown and is_first()),
     )
+
+
+class _Lines(tqdm):  # type: ignore[misc]  # which has no types
+    """Lines that each stand by themselves, for a log file."""
+
+    disable: bool
+
+    def display(self, *_: Any, **__: Any) -> None:
+        print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if not self.disable:
+            self.display()
+        self.disable = True

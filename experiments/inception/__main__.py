@@ -19,7 +19,6 @@ from typing import Any
 
 from absl import flags
 
-from experiments.inception import config as default_config
 from experiments.running import commands
 
 _DESCRIBE = flags.DEFINE_bool(
@@ -39,4 +38,6 @@ def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__, workdir="runs/{variant}")
+    commands.launch(
+        main, "experiments.inception.config", __doc__, workdir="runs/{variant}"
+    )

@@ -81,6 +81,7 @@ class Data:
         """What tells one version of the data from another, as JSON values."""
         return {
             "training_examples": len(self.train),
+            "training_checksum": self.train.checksum,
             "test_examples": len(self.test),
             "classes": self.train.num_classes,
         }

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,12 +30,14 @@ from experiments.inception.network import Inception, table_rows
 from experiments.running import dry_run, provenance
 from experiments.running.loop import Plan, Trained, fit
 from experiments.running.metrics import finite
-from experiments.running.record import Measured, Record
+from experiments.running.record import Measured, Record, same_run
 from experiments.running.run_folder import open_run
-from experiments.running.workdir import read_json, write_whole
+from experiments.running.workdir import read_json, write_json
 from experiments.training.state import TrainState
 
 POPULATION = "population"  # folder of the final state with Algorithm 2's statistics
+# What `as_text` shows of a summary.
+SUMMARY_KEYS = (*("config", "num_parameters", "steps", "best", "diverged_at", "final"),)
 DRY_STEPS = 3  # that a dry run times together
 
 
@@ -75,11 +76,10 @@ def run(
             examples = data.device_examples() if data.on_device else None
             experiment = Experiment(config, data.train.num_classes, network, examples)
             summary = _train_and_evaluate(experiment, data, workdir)
-            text = json.dumps(finite(summary), indent=2) + "\n"
             # Last, as it marks the run as finished.
-            in_first_process(lambda: write_whole(summary_path, text))
+            in_first_process(lambda: write_json(summary_path, finite(summary)))
             data.report_undecodable()
-        print_once(as_text(read_json(summary_path)))
+        print_once(as_text(read_json(summary_path, SUMMARY_KEYS)))
     print_once(
         f"summary.json, metrics, TensorBoard events and checkpoints are in {workdir}."
     )
@@ -161,7 +161,7 @@ def _train(experiment: Experiment, data: Data, workdir: Path) -> Trained:
         measure=functools.partial(measure, experiment, data),
         evaluations={0, last, *range(0, last, config["eval_every"])},
         saves={last, *range(0, last, config["checkpoint_every"])},
-        record=Record(workdir, config, {"metrics": 1}),
+        record=Record(workdir, config, CONFIGURATION, ["metrics"]),
         stop_if_diverged=True,
         examples_per_step=config["batch_size"],
     )
@@ -250,8 +250,9 @@ def _population_state(
     with contextlib.closing(
         Checkpoints(workdir / POPULATION, experiment.config)
     ) as checkpoints:
-        if restored := checkpoints.restore_newest(trained.states):
-            return restored[1][NETWORK]
+        same = same_run(experiment.config, CONFIGURATION)
+        if restored := checkpoints.restore_newest(trained.states, same):
+            return restored.states[NETWORK]
         state = trained.states[NETWORK]
         batches = experiment.config["population_batches"]
         statistics = experiment.population_statistics(

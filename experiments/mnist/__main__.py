@@ -16,7 +16,6 @@ again with the same workdir, and ends with the same numbers.
 from pathlib import Path
 from typing import Any
 
-from experiments.mnist import config as default_config
 from experiments.running import commands
 
 
@@ -29,4 +28,4 @@ def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__, workdir="runs/mnist")
+    commands.launch(main, "experiments.mnist.config", __doc__, workdir="runs/mnist")

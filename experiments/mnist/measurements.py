@@ -8,6 +8,8 @@ import numpy as np
 from experiments.mnist.experiment import Experiment, States
 from experiments.running.record import Measured
 
+LOGS = ("metrics", "percentiles")  # that `measure` makes rows for
+
 
 def evaluation_steps(config: Mapping[str, Any]) -> set[int]:
     """The steps after which accuracy is measured: 0, the last, and those between."""
@@ -22,13 +24,6 @@ def milestone_steps(config: Mapping[str, Any]) -> list[int]:
     """The steps that the summary reports: those asked for, as far as the run goes."""
     last = config["num_steps"]
     return sorted({step for step in config["milestones"] if step < last} | {last})
-
-
-def rows_per_evaluation(experiment: Experiment) -> dict[str, int]:
-    """How many rows `measure` makes for each log."""
-    count = len(experiment.models)
-    probed = bool(experiment.config["probe_examples"])
-    return {"metrics": count, "percentiles": count * probed}
 
 
 def measure(
@@ -70,7 +65,7 @@ def measure(
             rounded = np.round(inputs.astype(float), 4).tolist()
             percentiles.append({"step": step, "network": name, "values": rounded})
     return Measured(
-        rows={"metrics": rows, "percentiles": percentiles},
+        rows=dict(zip(LOGS, (rows, percentiles), strict=True)),
         scalars=scalars,
         shown={name: f"{value.mean():.2f}%" for name, value in accuracy.items()},
     )

@@ -1,13 +1,11 @@
 """The MNIST experiment from its data to its figures, resumable at every checkpoint."""
 
 import functools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import jax
 
 from experiments.configuration.fields import (
@@ -24,9 +22,9 @@ from experiments.mnist import figures
 from experiments.mnist.config import CONFIGURATION
 from experiments.mnist.experiment import Experiment
 from experiments.mnist.measurements import (
+    LOGS,
     evaluation_steps,
     measure,
-    rows_per_evaluation,
 )
 from experiments.mnist.summary import as_table, settings, summarise
 from experiments.running import dry_run
@@ -35,7 +33,7 @@ from experiments.running.loop import Plan, Trained, fit
 from experiments.running.metrics import finite
 from experiments.running.record import Record
 from experiments.running.run_folder import open_run
-from experiments.running.workdir import read_json, write_whole
+from experiments.running.workdir import read_json, write_json
 
 MAX_STEPS_PER_CALL = 500  # so that the progress bar moves every second or so
 DRY_STEPS = 100  # that a dry run times together
@@ -69,15 +67,14 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
     if config["dry_run"]:
         print_once(dry_run.report(config, _measure(Experiment(config, data))))
         return
-    fingerprint = f"{google_crc32c.value(data.train_images.tobytes()):08x}"
-    with open_run(workdir, {**config, "data_checksum": fingerprint}, CONFIGURATION):
+    with open_run(workdir, {**config, "data_checksum": data.checksum}, CONFIGURATION):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
             print_once(f"{workdir} holds this run, finished; nothing to do.")
-            print_once(as_table(read_json(summary_path)))
+            print_once(as_table(read_json(summary_path, ["networks"])))
             return
         experiment = Experiment(config, data)
-        record = Record(workdir, config, rows_per_evaluation(experiment))
+        record = Record(workdir, config, CONFIGURATION, LOGS)
         began = time.monotonic()
         trained = train(experiment, record)
         print_once(f"Trained in {time.monotonic() - began:.1f} s.")
@@ -96,7 +93,7 @@ def _conclude(experiment: Experiment, trained: Trained, workdir: Path) -> None:
         figure = figures.figure1(rows, percentiles, summary)
         save(figure, workdir / "figure1")
     # Last, as it marks the run as finished.
-    write_whole(workdir / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
+    write_json(workdir / "summary.json", finite(summary))
     print(as_table(summary))
 
 

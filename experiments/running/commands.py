@@ -1,7 +1,7 @@
 """What every command shares: its configuration, help, and errors as one line."""
 
 import contextlib
-import os
+import importlib
 import re
 import sys
 import traceback
@@ -13,29 +13,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.configuration.fields import ConfigError
-from experiments.data.errors import DataError
-from experiments.distributed import processes
-from experiments.distributed.parallel import DeviceError
-from experiments.distributed.preemption import PreemptedError, raise_on_sigterm
-from experiments.distributed.processes import Address, ProcessesError
-from experiments.running.run_folder import LostProcessError
-from experiments.running.workdir import WorkdirError
+from experiments.running import output, stopping
+from experiments.running.stopping import FAILED, INTERRUPTED, TRY_AGAIN, Stopped
 
-# Mistakes of the user or faults of the machine: no traceback helps with them.
-EXPECTED_ERRORS = (
-    *(ConfigError, DataError, DeviceError, WorkdirError),
-    *(PreemptedError, ProcessesError),
-)
-# Exit codes, beside 0. A scheduler may start a command again that ended with the
-# second, which is EX_TEMPFAIL of sysexits.h; the third is what shells give to a process
-# that SIGINT ended.
-FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
+# What needs JAX is imported where it is needed: from its first moment on, a command is
+# to know what to do with a signal.
 
 
 def launch(
     main: Callable[[dict[str, Any], Path, str | None], None],
-    configuration: ModuleType,
+    configuration: str,
     documentation: str | None,
     *,
     workdir: str,
@@ -49,12 +36,25 @@ def launch(
     Args:
       main: the command, called with the configuration, the folder for the results and
         that of the data, or None, when flags are parsed.
-      configuration: the module of the default configuration. It has `get_config` and
-        `CONFIGURATION`.
+      configuration: name of the module of the default configuration. It has
+        `get_config` and `CONFIGURATION`.
       documentation: what --help says first.
       workdir: the default folder for the results, in which keys of the configuration
         may stand in braces.
     """
+    output.protect()
+    stopping.begin()
+    _launch(main, importlib.import_module(configuration), documentation, workdir)
+
+
+def _launch(
+    main: Callable[[dict[str, Any], Path, str | None], None],
+    configuration: ModuleType,
+    documentation: str | None,
+    workdir: str,
+) -> None:
+    from experiments.configuration.fields import Role
+
     shown = re.sub("{(.*?)}", lambda key: key[1].upper(), workdir)
     folder = flags.DEFINE_string(
         "workdir",
@@ -74,6 +74,7 @@ def launch(
         "variant may follow.",
     )
     keys = configuration.CONFIGURATION.fields
+    only_names = configuration.CONFIGURATION.keys(Role.NAME)
     start_processes = _define_processes()
 
     def parse(arguments: Sequence[str]) -> list[str]:
@@ -86,6 +87,11 @@ def launch(
                 _fail(
                     f"unknown configuration key {key}; the keys are "
                     f"{', '.join(sorted(keys))}."
+                )
+            if key != name and key in only_names:
+                _fail(
+                    f"--config.{key} only names a model, and changes nothing in it: "
+                    "choose one of the variants with --config=VARIANT (see --help)."
                 )
         if "config" not in names:
             given.insert(0, f"--config={configuration.__file__}")
@@ -107,15 +113,36 @@ def launch(
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
+        from experiments.distributed import processes
+        from experiments.running import provenance
+
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r} (see --help)")
-        raise_on_sigterm()
+        config = flag.value.to_dict()
+        results = _local("workdir", folder.value)
+        data_folder = _local("data_dir", data.value)
         with _one_line_errors("; the same command goes on from the last checkpoint."):
             start_processes()
-            config = flag.value.to_dict()
-            main(config, Path(folder.value or workdir.format(**config)), data.value)
+            processes.check_same(
+                {**config, **provenance.settings(), **provenance.versions()}
+            )
+            main(config, Path(results or workdir.format(**config)), data_folder)
 
     app.run(run, flags_parser=parse)
+
+
+def _local(name: str, folder: str | None) -> str | None:
+    """A folder that a flag names, on this machine; exits if it names none."""
+    if folder is None:
+        return None
+    if not folder.strip():
+        _fail(f"--{name}= is empty: expected a folder; is a variable not set?")
+    if "://" in folder:
+        _fail(
+            f"--{name}={folder}: expected a folder of this machine's file system; "
+            "mount the bucket, and give the folder where it is."
+        )
+    return str(Path(folder).expanduser())
 
 
 def launch_with_arguments(
@@ -129,6 +156,8 @@ def launch_with_arguments(
       main: the command, called with the positional arguments when flags are parsed.
       documentation: what --help says first.
     """
+    output.protect()
+    stopping.raise_on_sigterm()
 
     def parse(arguments: Sequence[str]) -> list[str]:
         _answer_help(arguments, documentation or "")
@@ -148,6 +177,8 @@ def launch_with_arguments(
 
 def _define_processes() -> Callable[[], None]:
     """Defines the flags of several processes; returns what connects them."""
+    from experiments.distributed import processes
+
     mode = flags.DEFINE_string(
         "distributed",
         "auto",
@@ -177,7 +208,7 @@ def _define_processes() -> Callable[[], None]:
     )
     return lambda: processes.start(
         mode.value,
-        Address(coordinator.value, count.value, number.value),
+        processes.Address(coordinator.value, count.value, number.value),
         start_seconds.value,
         silence_seconds.value,
     )
@@ -204,40 +235,50 @@ def _one_line_errors(advice: str) -> Iterator[None]:
     """Ends the process with one line on what no traceback helps with."""
     try:
         yield
-    except (LostProcessError, PreemptedError) as error:
-        _fail(str(error), TRY_AGAIN, alone=isinstance(error, LostProcessError))
-    except EXPECTED_ERRORS as error:
-        _fail(str(error), alone=not processes.is_known_to_all(error))
-    except OSError as error:
-        _fail(f"{error}{advice}", alone=not processes.is_known_to_all(error))
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.code)
     except KeyboardInterrupt:
-        print(f"\ninterrupted{advice}")
-        _exit(INTERRUPTED, alone=True)
-    except Exception:
-        if not processes.are_several():
-            raise
+        _fail(f"stopped by SIGINT{advice}", INTERRUPTED)
+    except Exception as error:
+        # Known only by now, and imported only now.
+        from experiments.configuration.fields import ConfigError
+        from experiments.data.errors import DataError
+        from experiments.distributed import processes
+        from experiments.distributed.parallel import DeviceError
+        from experiments.running.run_folder import LostProcessError
+        from experiments.running.workdir import WorkdirError
+
+        if isinstance(error, LostProcessError):
+            _fail(str(error), TRY_AGAIN, alone=True)
+        alone = not processes.is_known_to_all(error)
+        # Mistakes of the user or faults of the machine: no traceback helps with them.
+        expected = (ConfigError, DataError, DeviceError, WorkdirError)
+        if isinstance(error, (*expected, processes.ProcessesError)):
+            _fail(str(error), alone=alone)
+        if isinstance(error, OSError):
+            _fail(f"{error}{advice}", alone=alone)
         traceback.print_exc()
         _exit(FAILED, alone=True)
 
 
 def _fail(message: str, code: int = FAILED, alone: bool = False) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    _exit(code, alone)
+    _exit(code, alone, message)
 
 
-def _exit(code: int, alone: bool) -> NoReturn:
+def _exit(code: int, alone: bool, message: str = "") -> NoReturn:
     """Ends this process.
 
     Args:
       code: for the shell.
-      alone: the other processes go on: JAX must not wait for them here, but leave, so
-        that they notice.
+      alone: the other processes go on, so that they notice; else all end together.
+      message: for the user, on one line.
     """
-    if alone and processes.are_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    if not alone and "jax" in sys.modules:
+        from experiments.distributed import processes
+
+        processes.part(lambda: stopping.say(message))
+        message = ""
+    stopping.leave(code, message)
 
 
 def _with_file(argument: str, file: str) -> str:

@@ -7,8 +7,11 @@ from matplotlib.figure import Figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG and as SVG, beside each other."""
+    """Writes a figure as PNG and as SVG, beside each other, each of them whole."""
     # Nothing in the files may depend on the time: the same run, the same files.
+    options = {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}
     with matplotlib.rc_context({"svg.hashsalt": "bn_jax"}):
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        for form, chosen in options.items():
+            partial = path.with_suffix(f".{form}.partial")
+            figure.savefig(partial, format=form, **chosen)
+            partial.replace(path.with_suffix(f".{form}"))

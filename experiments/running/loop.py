@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.distributed import preemption
+from experiments.distributed.agreement import any_process
 from experiments.distributed.processes import print_once
 from experiments.distributed.progress import progress_bar
-from experiments.running.record import Measured, Record, States
+from experiments.running import stopping
+from experiments.running.record import Losses, Measured, Record, States
 
-Losses = Mapping[str, np.ndarray]
 # From the states, the number of steps done before and a piece of the feed to the new
 # states and the losses of each network, (steps,) or (steps, replicas).
 Step = Callable[[States, int, Any], tuple[States, Mapping[str, jax.Array]]]
@@ -53,6 +53,9 @@ class Trained(NamedTuple):
     diverged_at: int | None  # where all networks have; None if any has not
 
 
+_NO_LOSSES: Losses = {}
+
+
 def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
     """Trains from the newest checkpoint, or else from the start, to the last step.
 
@@ -63,7 +66,7 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
       plan: what else is to be done, and when.
 
     Raises:
-      PreemptedError: the run was asked to stop, and has saved what it needs to go on.
+      Stopped: the run was asked to stop, and has saved what it needs to go on.
       WorkdirError, CheckpointError: as `Record.opened` and `Record.save`.
     """
     last = plan.num_steps
@@ -71,14 +74,15 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
     looks = range(0, last, plan.steps_per_look)
     stops = sorted({*evaluations, *plan.saves, *looks, last})
     with contextlib.ExitStack() as stack:
-        first = None
+        # Left last, when all is on disk.
+        hold = stack.enter_context(contextlib.ExitStack())
+        first, unreported = 0, _NO_LOSSES if 0 in evaluations else None
         if plan.record is not None:
-            opened = plan.record.opened(states, evaluations)
-            first, states = stack.enter_context(opened)
-        if first is None:
-            first = 0
-            if 0 in evaluations:
-                _evaluate(plan, 0, states, {})
+            first, states, unreported = stack.enter_context(
+                plan.record.opened(states, evaluations)
+            )
+        if unreported is not None:
+            _evaluate(plan, first, states, unreported)
         losses = _Losses(plan, first)
         unit = plan.examples_per_step or 1
         bar = stack.enter_context(
@@ -89,7 +93,6 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
                 shown=plan.shows_progress,
             )
         )
-        must_stop = stack.enter_context(preemption.watch(first))
         pieces = stack.enter_context(
             contextlib.closing(feed(first, [at for at in stops if at > first]))
         )
@@ -97,6 +100,9 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
         done = first
         for count, piece in pieces:
             states, found = step(states, done, piece)
+            if done == first and plan.record is not None:
+                # From here on there is something to lose.
+                hold.enter_context(stopping.held())
             done += count
             losses.add(found)
             bar.update(count * unit)
@@ -106,20 +112,27 @@ def fit(states: States, step: Step, feed: Feed, plan: Plan) -> Trained:
             if diverged_at is not None:
                 print_once(f"\nDiverged: the loss of step {diverged_at} is not finite.")
                 return Trained(states, diverged_at, _rows(plan), diverged_at)
-            score = None
-            if done in evaluations:
-                measured = _evaluate(plan, done, states, means)
-                score = measured.score
-                bar.set_postfix(measured.shown)
-            stopping = must_stop(done)
-            if plan.record is not None and (done in plan.saves or stopping):
-                plan.record.save(done, states, score)
-            if stopping and done < last:
-                place = f" from step {done}" if plan.record is not None else ""
-                raise preemption.PreemptedError(
-                    f"stopped by SIGTERM; the same command goes on{place}."
-                )
+            unreported = means if done in evaluations else None
+            score, stops_here = None, plan.record is not None and _is_asked()
+            if unreported is not None and not stops_here:
+                try:
+                    with stopping.interruptible(_is_asked):
+                        measured = _evaluate(plan, done, states, means)
+                except stopping.Stopped:
+                    stops_here = True
+                else:
+                    score, unreported = measured.score, None
+                    bar.set_postfix(measured.shown, refresh=False)
+            if plan.record is not None and (done in plan.saves or stops_here):
+                plan.record.save(done, states, score, unreported)
+            if stops_here:
+                raise stopping.stopped()
         return Trained(states, last, _rows(plan), None)
+
+
+def _is_asked() -> bool:
+    """Whether to stop, in all processes alike."""
+    return any_process(stopping.is_asked())
 
 
 def _evaluate(plan: Plan, step: int, states: States, losses: Losses) -> Measured:

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 
-from experiments.configuration.fields import Configuration
+from experiments.configuration.fields import Configuration, as_json
 from experiments.distributed import processes
-from experiments.distributed.preemption import PreemptedError
 from experiments.distributed.processes import ProcessesError
 from experiments.running.workdir import WorkdirError, check_same_config, open_workdir
 
@@ -59,8 +58,6 @@ def open_run(
         processes.in_every_process(lambda: _check_seen(workdir, config, configuration))
         try:
             yield
-        except PreemptedError:
-            raise
         except Exception as error:
             if jax.process_count() == 1 or processes.is_known_to_all(error):
                 raise
@@ -81,7 +78,7 @@ def _check_seen(
                 "processes one --workdir, on a file system that they share."
             )
         time.sleep(0.1)
-    check_same_config(workdir, json.loads(json.dumps(config)), configuration)
+    check_same_config(workdir, as_json(config), configuration)
 
 
 def _explain(error: Exception, workdir: Path) -> ProcessesError | None:

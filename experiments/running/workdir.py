@@ -1,13 +1,15 @@
 """The folder of one run: its configuration, its owner, and files written whole."""
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.configuration.fields import Configuration
+from experiments.configuration.fields import Configuration, as_json
+from experiments.running import sealed
 
 
 class WorkdirError(RuntimeError):
@@ -16,7 +18,7 @@ class WorkdirError(RuntimeError):
 
 def open_workdir(
     workdir: Path, config: Mapping[str, Any], configuration: Configuration
-) -> TextIO:
+) -> contextlib.ExitStack:
     """Makes the folder, or takes up an earlier run of the same configuration.
 
     Args:
@@ -25,59 +27,91 @@ def open_workdir(
       configuration: which of them a run that goes on may change.
 
     Returns:
-      A lock that holds as long as it is open: no second process may write here.
+      Locks that hold until it is closed: no second process may write here.
 
     Raises:
       WorkdirError: the folder cannot be written, is in use, or belongs to a run of
         another configuration.
     """
+    with contextlib.ExitStack() as locks:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            locks.callback(os.close, file)
+            # Beside the file, which somebody may delete.
+            folder = os.open(workdir, os.O_RDONLY)
+            locks.callback(os.close, folder)
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot write to the workdir {workdir} ({error.strerror}); choose "
+                "another with --workdir."
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_folder(folder)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"another process is writing to {workdir}; wait for it, or choose "
+                "another folder with --workdir."
+            ) from None
+        check_same_config(workdir, as_json(config), configuration)
+        return locks.pop_all()
+
+
+def _lock_folder(folder: int) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot write to the workdir {workdir} ({error.strerror}); choose another "
-            "with --workdir."
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        check_same_config(workdir, json.loads(json.dumps(config)), configuration)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.close()
-        raise WorkdirError(
-            f"another process is writing to {workdir}; wait for it, or choose another "
-            "folder with --workdir."
-        ) from None
-    except BaseException:
-        lock.close()
         raise
-    return lock
+    except OSError:  # as on NFS, where only files can be locked
+        pass
+
+
+def is_same_file(file: TextIO, path: Path) -> bool:
+    """Whether an open file is the one that stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed run, never sees half of it."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads an object that `write_whole` wrote.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object whole, with a checksum in it."""
+    text = json.dumps(sealed.seal(content), indent=2, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def read_json(path: Path, keys: Collection[str] = ()) -> dict[str, Any]:
+    """Reads an object that `write_json` wrote.
+
+    Args:
+      path: of the file.
+      keys: that it must have.
 
     Raises:
-      WorkdirError: something damaged it since.
+      WorkdirError: something damaged it since, or it is another object.
     """
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except ValueError as error:
+        content = sealed.parse(path.read_bytes())
+    except sealed.SealError as error:
         raise WorkdirError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir."
         ) from None
+    if missing := [key for key in keys if key not in content]:
+        raise WorkdirError(
+            f"{path} lacks {', '.join(missing)}: expected that of a run of this "
+            "command; restore it, or choose another --workdir."
+        )
     return content
 
 
@@ -91,7 +125,7 @@ def check_same_config(
     """
     path = workdir / "config.json"
     if not path.exists():
-        write_whole(path, json.dumps(config, indent=2) + "\n")
+        write_json(path, config)
         return
     differences = configuration.differences(read_json(path), config)
     if differences:

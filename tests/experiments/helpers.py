@@ -140,10 +140,12 @@ def command_environment(**variables: str) -> dict[str, str]:
     return unforced | {"JAX_PLATFORMS": "cpu"} | variables
 
 
-def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m experiments.mnist` in the repository."""
+def run_command(
+    *arguments: str, module: str = "experiments.mnist", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the repository."""
     return subprocess.run(
-        command_line(*arguments),
+        [sys.executable, "-m", module, *arguments],
         cwd=REPOSITORY,
         env=command_environment(**variables),
         capture_output=True,

@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class ProcessGroup:
         module: str = "experiments.mnist",
         fault: Sequence[str] = (),
         folders: Sequence[Path] = (),
+        of_the_last: tuple[Mapping[str, str], Sequence[str]] = ({}, ()),
     ) -> None:
         """Starts them.
 
@@ -54,6 +55,7 @@ class ProcessGroup:
           module: the command.
           fault: arguments of `faulty_run`: a fault of one process.
           folders: that they run in, where it is not the repository.
+          of_the_last: variables and arguments that the last one has beside these.
         """
         address = f"localhost:{free_port()}"
         variables = {
@@ -77,6 +79,7 @@ class ProcessGroup:
                 f"--num_processes={count}",
                 f"--process_id={number}",
             ] * (count > 1)
+            more, last = of_the_last if number == count - 1 else ({}, ())
             directory = folders[number] if folders else REPOSITORY
             directory.mkdir(exist_ok=True)
             self._logs[number] = folder / f"{address}_{number}.log"
@@ -87,9 +90,10 @@ class ProcessGroup:
                         *program,
                         *arguments,
                         *(place if count > 1 else ()),
+                        *last,
                     ],
                     cwd=directory,
-                    env=command_environment(**variables),
+                    env=command_environment(**variables, **more),
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )

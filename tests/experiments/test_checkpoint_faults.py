@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.checkpoints.stored import read_metadata, stored_steps
-from experiments.running.commands import FAILED
+from experiments.running.stopping import FAILED
 from tests.experiments.helpers import (
     REPOSITORY,
     RESULTS,

@@ -2,10 +2,11 @@
 
 import re
 import signal
+import time
 
 import pytest
 
-from experiments.running.commands import FAILED, TRY_AGAIN
+from experiments.running.stopping import FAILED, TRY_AGAIN
 from tests.experiments.helpers import RESULTS
 from tests.experiments.process_group import Ended, ProcessGroup
 
@@ -144,32 +145,50 @@ def test_sigterm_to_one_of_two_processes(tmp_path, undisturbed, faulty):
     assert_goes_on(tmp_path, undisturbed, int(step))
 
 
-def test_sigterm_to_a_process_alone(tmp_path):
-    with ProcessGroup(tmp_path, 1, [*SMALL, f"--workdir={tmp_path / 'run'}"]) as group:
-        (ended,) = group.wait()
-    assert ended.code == 0
-    expected = read_results(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "undisturbed")
-    with disturbed(tmp_path, "terminate", faulty=0, count=1) as group:
-        (stopped,) = group.wait()
-    assert stopped.code == TRY_AGAIN
-    step = FAULT + STEPS_PER_CHECKPOINT
-    assert (
-        f"stopped by SIGTERM; the same command goes on from step {step}."
-        in one_line(stopped)
-    )
-    assert_goes_on(tmp_path, expected, step, count=1)
-
-
-def test_sigterm_before_the_first_step(tmp_path):
+@pytest.mark.parametrize("silent", [0, 1])
+def test_sigterm_while_processes_connect(tmp_path, silent):
     arguments = [*SMALL, f"--workdir={tmp_path / 'run'}"]
-    with ProcessGroup(tmp_path, 1, arguments) as group:
-        while not (tmp_path / "run").exists():
-            assert group.processes[0].poll() is None
-        group.signal(0, signal.SIGTERM)
+    with ProcessGroup(tmp_path, 2, arguments, present=[1 - silent]) as group:
+        group.wait_for("waits up to", 1 - silent)
+        time.sleep(0.5)
+        group.signal(1 - silent, signal.SIGTERM)
         (stopped,) = group.wait()
     assert stopped.code == TRY_AGAIN
-    assert "stopped by SIGTERM" in one_line(stopped)
+    assert "stopped by SIGTERM; nothing was saved." in one_line(stopped)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "message"),
+    [
+        ({}, ["--config.dry_run=True"], "dry_run=True (False in process 0)"),
+        ({}, ["--config.first_seed=3"], "first_seed=3 (0 in process 0)"),
+        (
+            {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
+            [],
+            "jax_default_prng_impl=rbg (threefry2x32 in process 0)",
+        ),
+        (
+            {"JAX_THREEFRY_PARTITIONABLE": "0"},
+            [],
+            "jax_threefry_partitionable=False (True in process 0)",
+        ),
+    ],
+)
+def test_processes_that_were_started_differently(
+    tmp_path, variables, arguments, message
+):
+    with ProcessGroup(
+        tmp_path,
+        2,
+        [*SMALL, f"--workdir={tmp_path / 'run'}"],
+        of_the_last=(variables, arguments),
+    ) as group:
+        for process in group.wait():
+            assert process.code == FAILED
+            assert message in one_line(process)
+            assert process.seconds < BOUND
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_is_in_use(tmp_path):

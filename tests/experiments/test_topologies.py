@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.checkpoints.stored import read_arrays, read_metadata
-from experiments.running.commands import TRY_AGAIN
+from experiments.running.stopping import TRY_AGAIN
 from tests.experiments.inception.tiny_run import tiny_arguments
 from tests.experiments.process_group import ProcessGroup
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.running.commands import FAILED, TRY_AGAIN
+from experiments.running.stopping import FAILED, TRY_AGAIN
 from tests.experiments.helpers import REPOSITORY, command_environment
 
 LAUNCH = REPOSITORY / "launch"

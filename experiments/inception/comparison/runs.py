@@ -76,9 +76,9 @@ def read_run(folder: Path) -> Run:
                 f"{folder} lacks {name}: expected the workdir of a run of "
                 "experiments.inception, or a folder that contains some."
             )
-    config = _read_object(folder / CONFIG_FILE, CONFIG_KEYS)
+    config = read_json(folder / CONFIG_FILE, CONFIG_KEYS)
     path = folder / SUMMARY_FILE
-    summary = _read_object(path, SUMMARY_KEYS) if path.is_file() else None
+    summary = read_json(path, SUMMARY_KEYS) if path.is_file() else None
     rows = read_rows(folder / METRICS_FILE)
     if not rows:
         raise WorkdirError(
@@ -152,14 +152,3 @@ def _expand(folder: Path) -> list[Path]:
     for run in sorted(set(below) - set(started)):
         print(f"{run} holds no evaluation yet: left out.")
     return started
-
-
-def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    content = read_json(path)
-    missing = [key for key in keys if key not in content]
-    if missing:
-        raise WorkdirError(
-            f"{path} lacks {', '.join(missing)}: expected that of a run of "
-            "experiments.inception."
-        )
-    return content

@@ -103,7 +103,7 @@ def open_data(
             f"{run.config['data'].get(key)} {key.replace('_', ' ')} there, {now} here"
             for key, now in data.description.items()
             # On part of the training set, say, a network may well have been trained.
-            if key != "training_examples" and now != run.config["data"].get(key)
+            if not key.startswith("training_") and now != run.config["data"].get(key)
         ]
         if differences:
             raise DataError(
@@ -170,8 +170,7 @@ def _restore(
     restored = restore_newest(folder, {NETWORK: parallel.replicate(like)})
     if restored is None:
         raise _lacks_state(run, statistics)
-    step, states = restored
-    return step, states[NETWORK]
+    return restored.step, restored.states[NETWORK]
 
 
 def _folder(run: Run, statistics: str) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from experiments.checkpoints.save import Checkpoints
-from experiments.checkpoints.stored import FORMAT, named_leaves
+from experiments.checkpoints.stored import FORMATS, named_leaves
 from experiments.mnist.network import MLP
 from experiments.training.optimisers import make_optimiser
 from experiments.training.state import TrainState
@@ -58,7 +58,7 @@ def trained_state() -> TrainState:
 
 
 def main() -> None:
-    folder = STORED / f"format_{FORMAT}"
+    folder = STORED / f"format_{FORMATS[-1]}"
     shutil.rmtree(folder, ignore_errors=True)
     state = trained_state()
     checkpoints = Checkpoints(folder / "checkpoints", CONFIG)

@@ -3,6 +3,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from experiments.checkpoints.stored import (
 )
 from tests.experiments.helpers import (
     ORBAX_LEFTOVERS,
+    REPOSITORY,
     assert_trees_identical,
+    command_environment,
     make_models,
     make_states,
     read_files,
@@ -92,7 +96,7 @@ def test_empty_folder(tmp_path, states):
 
 def test_newest_comes_back_bit_for_bit_and_in_place(saved, states, later):
     before = read_files(saved)
-    step, found = restore_newest(saved, states)
+    step, found, _ = restore_newest(saved, states)
     assert step == 20
     assert_trees_identical(found, later)
     for leaf in jax.tree.leaves(found):
@@ -114,17 +118,17 @@ def test_restored_on_other_devices(saved, states, later):
     ]
     for placement in placements:
         like = jax.device_put(states, placement)
-        _, found = restore_newest(saved, like)
+        _, found, _ = restore_newest(saved, like)
         assert_trees_identical(found, later)
         for leaf in jax.tree.leaves(found):
             assert leaf.sharding == placement
-    _, found = restore_newest(saved, jax.device_get(states))
+    _, found, _ = restore_newest(saved, jax.device_get(states))
     assert_trees_identical(found, later)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
 
 
 def test_what_is_restored_may_be_donated(saved, states, later):
-    _, found = restore_newest(saved, states)
+    _, found, _ = restore_newest(saved, states)
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
     expected = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), later)
     assert_trees_identical(double(found), expected)
@@ -140,7 +144,7 @@ def test_values_that_compare_badly(tmp_path, states):
 
     poisoned = jax.tree.map(poison, states)
     save_all(tmp_path, poisoned, {3: None})
-    _, found = restore_newest(tmp_path, states)
+    _, found, _ = restore_newest(tmp_path, states)
     assert_trees_identical(found, poisoned)
 
 
@@ -155,7 +159,7 @@ def test_other_dtypes(tmp_path, states):
         for name, state in states.items()
     }
     save_all(tmp_path, odd, {3: None})
-    _, found = restore_newest(tmp_path, odd)
+    _, found, _ = restore_newest(tmp_path, odd)
     assert_trees_identical(found, odd)
 
 
@@ -228,7 +232,7 @@ def test_unfinished_checkpoints_of_killed_runs_are_cleared_away(directory, state
     assert restore_newest(directory, states)[0] == 20
     save_all(directory, states, {30: None})
     assert {path.name for path in directory.iterdir()} == {"20", "30"}
-    step, found = restore_newest(directory, states)
+    step, found, _ = restore_newest(directory, states)
     assert step == 30
     assert_trees_identical(found, states)
 
@@ -240,7 +244,7 @@ def test_damage_is_reported_and_set_aside(directory, states, later, capsys):
     shutil.rmtree(directory / "20" / "params")
     before = read_files(directory / "20")
     checkpoints = Checkpoints(directory)
-    step, found = checkpoints.restore_newest(states)
+    step, found, _ = checkpoints.restore_newest(states)
     assert step == 10
     assert_trees_identical(found, states)
     (line,) = capsys.readouterr().out.splitlines()
@@ -249,7 +253,7 @@ def test_damage_is_reported_and_set_aside(directory, states, later, capsys):
     assert read_files(directory / "20.damaged") == before
     checkpoints.save(20, later)
     checkpoints.close()
-    assert_trees_identical(restore_newest(directory, states), (20, later))
+    assert_trees_identical(restore_newest(directory, states)[:2], (20, later))
     # Again, in the same step.
     shutil.rmtree(directory / "20" / "params")
     assert Checkpoints(directory).restore_newest(states)[0] == 10
@@ -273,7 +277,10 @@ def test_without_a_sound_checkpoint_nothing_is_set_aside(directory, states):
     path.write_text(path.read_text().replace("mnist", "mnisd"))
     message = error_of(directory, states)
     assert f"no checkpoint in {directory} is sound: 20 (params cannot be" in message
-    assert "; 10 (metadata differs from its checksum); restore one, or" in message
+    assert (
+        "; 10 (metadata cannot be read: it differs from its checksum); restore one, or"
+        in message
+    )
 
 
 def test_a_step_under_another_name_is_damage(directory, states, capsys):
@@ -304,7 +311,7 @@ def data_files(directory) -> list[str]:
 
 def is_noticed(directory, states, later) -> bool:
     """Whether the newest is passed over; if not, its arrays must be right."""
-    step, found = restore_newest(directory, states)
+    step, found, _ = restore_newest(directory, states)
     assert_trees_identical(found, {10: states, 20: later}[step])
     return step == 10
 
@@ -393,6 +400,63 @@ def test_files_that_are_not_read_do_not_matter(directory, states, later, damage)
     assert not is_noticed(directory, states, later)
     save_all(directory, states, {30: None})
     assert stored_steps(directory) == [20, 30]
+
+
+# What the system cannot read now is not damage.
+
+UNREADABLE = {
+    # Reading a process' own memory at its start is an input/output error.
+    "EIO": ("/proc/self/mem", "Input/output error"),
+    "ELOOP": (None, "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_now_is_not_damage(directory, states, later, kind):
+    """Whatever file it is: one line, nothing is renamed, and then it goes on."""
+    target, reason = UNREADABLE[kind]
+    for name in data_files(directory):
+        path = directory / "20" / name
+        content = path.read_bytes()
+        path.unlink()
+        path.symlink_to(target or path.name)
+        with pytest.raises(CheckpointError, match=f"cannot be read .{reason}.; noth"):
+            Checkpoints(directory).restore_newest(states)
+        path.unlink()
+        path.write_bytes(content)
+    assert stored_steps(directory) == [10, 20]
+    assert not is_noticed(directory, states, later)
+
+
+TOO_MANY_FILES = """
+import os, resource, sys
+from pathlib import Path
+from experiments.checkpoints.load import load_variables
+from experiments.checkpoints.stored import CheckpointError, DamagedError
+open_files = len(os.listdir("/proc/self/fd"))
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for more in range(int(sys.argv[2])):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files - 1 + more, hard))
+    try:
+        load_variables(sys.argv[1], network="baseline")
+    except CheckpointError as error:
+        assert "Too many open files" in str(error), error
+        print("refused")
+"""
+
+
+def test_too_many_open_files_are_not_damage(directory):
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_MANY_FILES, str(directory), "4"],
+        cwd=REPOSITORY,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "refused" in done.stdout
 
 
 # Another network is not damage.

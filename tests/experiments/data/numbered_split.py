@@ -16,6 +16,7 @@ class NumberedSplit:
 
     num_classes = 10
     shard_lengths = (10, 10, 10)
+    checksum = ""
 
     def __init__(
         self,

@@ -10,14 +10,26 @@ AUGMENTATION = Augmentation(image_size=32, min_area=1.0, flip=False, crop_fracti
 
 
 def test_cluttered_digits_need_no_data_directory(tmp_path):
-    for data_dir in None, str(tmp_path / "none"):
-        splits = load_splits("cluttered_mnist", data_dir, AUGMENTATION)
-        for split, size in zip(splits, (60_000, 10_000), strict=True):
-            assert isinstance(split, ClutteredDigits)
-            assert len(split) == size
-            assert split.num_classes == NUM_CLASSES[CLUTTERED_MNIST]
-            images = split.evaluation_example(0, 1).images
-            assert images.shape == (1, 32, 32, 3)
+    splits = load_splits("cluttered_mnist", None, AUGMENTATION)
+    for split, size in zip(splits, (60_000, 10_000), strict=True):
+        assert isinstance(split, ClutteredDigits)
+        assert len(split) == size
+        assert split.num_classes == NUM_CLASSES[CLUTTERED_MNIST]
+        images = split.evaluation_example(0, 1).images
+        assert images.shape == (1, 32, 32, 3)
+
+
+def test_cluttered_digits_are_no_images_of_the_user(tmp_path):
+    with pytest.raises(DataError, match=f"--data_dir={tmp_path}: cluttered_mnist is"):
+        load_splits("cluttered_mnist", str(tmp_path), AUGMENTATION)
+
+
+def test_a_checksum_tells_sets_of_one_name_apart(tiny_dir):
+    train, test = load_splits("tiny", str(tiny_dir), AUGMENTATION)
+    again, _ = load_splits("tiny", str(tiny_dir), AUGMENTATION)
+    assert train.checksum == again.checksum != test.checksum
+    digits, others = load_splits("cluttered_mnist", None, AUGMENTATION)
+    assert digits.checksum != others.checksum
 
 
 def test_any_other_name_is_a_prepared_set(tiny_dir, tiny_arrays):

@@ -22,7 +22,7 @@ from experiments.inception.training import (
     describe_network,
 )
 from experiments.running.metrics import read_rows
-from experiments.running.workdir import WorkdirError, open_workdir
+from experiments.running.workdir import WorkdirError, open_workdir, read_json
 from tests.experiments.helpers import (
     ORBAX_LEFTOVERS,
     assert_trees_identical,
@@ -94,7 +94,7 @@ def stop_run(workdir, config, owner, name, calls=1) -> None:
 def restore(folder, config=CONFIG):
     """The step and state of the newest checkpoint of a folder."""
     like = {training.NETWORK: tiny_experiment(config).initial_state()}
-    step, states = restore_newest(folder, like)
+    step, states, _ = restore_newest(folder, like)
     return step, states[training.NETWORK]
 
 
@@ -132,12 +132,13 @@ def test_everything_is_there(finished):
     for folder, steps in (("checkpoints", {"8", "10"}), ("population", {"10"})):
         assert {path.name for path in (finished / folder).iterdir()} == steps
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
-    config = json.loads((finished / "config.json").read_text())
+    config = read_json(finished / "config.json")
     data = config.pop("data")
     assert config.pop("feed_used") == "files"
     assert config == json.loads(json.dumps(CONFIG))
     assert data == {
         "training_examples": NUM_TRAIN,
+        "training_checksum": tiny_data(CONFIG).train.checksum,
         "test_examples": NUM_TEST,
         "classes": NUM_CLASSES,
     }
@@ -316,7 +317,7 @@ def test_another_configuration_or_other_data_are_refused(copied, monkeypatch):
 
 
 def test_a_workdir_in_use_is_refused(copied):
-    config = json.loads((copied / "config.json").read_text())
+    config = read_json(copied / "config.json")
     with (
         open_workdir(copied, config, CONFIGURATION),
         pytest.raises(WorkdirError, match="another process is writing"),
@@ -327,7 +328,7 @@ def test_a_workdir_in_use_is_refused(copied):
 # Runs that stop, and go on.
 
 
-@pytest.mark.parametrize(("steps", "from_step"), [(4, None), (5, 4), (10, 8)])
+@pytest.mark.parametrize(("steps", "from_step"), [(4, 0), (5, 4), (10, 8)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     tmp_path, finished, capsys, steps, from_step
 ):
@@ -335,9 +336,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "summary.json").exists()
     run_tiny(CONFIG, tmp_path)
     out = capsys.readouterr().out
-    assert (f"Going on from the checkpoint of step {from_step} " in out) == bool(
-        from_step
-    )
+    assert f"Going on from the checkpoint of step {from_step} " in out
     assert_same_results(tmp_path, finished)
 
 
@@ -356,7 +355,7 @@ def test_a_run_stopped_after_training_trains_no_more(tmp_path, finished, monkeyp
     # Population statistics are on disk when the evaluations that follow begin.
     stop_run(tmp_path, CONFIG, Experiment, "evaluate", 2)
     monkeypatch.setattr(Experiment, "population_statistics", fail)
-    stop_run(tmp_path, CONFIG, training, "write_whole", 1)
+    stop_run(tmp_path, CONFIG, training, "write_json", 1)
     run_tiny(CONFIG, tmp_path)
     assert_same_results(tmp_path, finished)
 
@@ -376,7 +375,10 @@ def test_damage_loses_nothing(copied, finished, capsys):
     rows = (copied / "metrics.jsonl").read_text()
     (copied / "metrics.jsonl").write_text(rows[:-20])
     before = read_files(copied)
-    with pytest.raises(WorkdirError, match=r"metrics.jsonl is damaged: .* step 10 "):
+    with pytest.raises(
+        WorkdirError,
+        match=r"metrics.jsonl is damaged, or of another run: its first 3 rows",
+    ):
         run_tiny(CONFIG, copied)
     assert read_files(copied) == before
     (copied / "metrics.jsonl").write_text(rows)
@@ -424,7 +426,7 @@ def test_divergence_between_looks_after_a_checkpoint(tmp_path):
     steps = [row["step"] for row in read_rows(tmp_path / "whole" / "metrics.jsonl")]
     assert steps == [0, 5]
     assert {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()} == {
-        "4"
+        *("0", "4")
     }
     resumed = tmp_path / "resumed"
     stop_run(resumed, DIVERGING, Experiment, "train_step", 7)
@@ -519,7 +521,7 @@ def test_training_on_the_devices_is_of_the_same_examples(tmp_path, monkeypatch):
     """Images that are neither cropped nor mirrored: steps by hand are the same."""
     monkeypatch.setattr(data_module, "STEPS_PER_PIECE", {"cpu": 3})
     run_tiny(DEVICE, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     assert config["feed_used"] == "device"
     data, experiment = tiny_data(DEVICE), tiny_experiment(DEVICE)
     examples = data.device_examples()

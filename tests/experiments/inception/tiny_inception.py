@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +115,10 @@ class TinySplit:
     @property
     def shard_lengths(self) -> list[int]:
         return [40] * (len(self) // 40) + [len(self) % 40]
+
+    @property
+    def checksum(self) -> str:
+        return f"{google_crc32c.value(self.images.tobytes()):08x}"
 
     @property
     def device_bytes(self) -> int:

@@ -6,7 +6,6 @@ python -m tests.experiments.inception.tiny_run [ARGUMENTS ...]
 from pathlib import Path
 from typing import Any
 
-from experiments.inception import config as default_config
 from experiments.running import commands
 from tests.experiments.inception.tiny_inception import TINY, run_tiny
 
@@ -28,4 +27,6 @@ def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch(main, default_config, __doc__, workdir="runs/{variant}")
+    commands.launch(
+        main, "experiments.inception.config", __doc__, workdir="runs/{variant}"
+    )

@@ -100,18 +100,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, uninterrupted
     assert_same_results(tmp_path, uninterrupted)
 
 
-def test_interrupted_from_the_keyboard_it_goes_on(tmp_path, uninterrupted):
-    process = start(tmp_path)
-    wait_until((tmp_path / "checkpoints" / "1000").exists, process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"interrupted; the same command goes on from the last checkpoint" in output
-    assert b"Traceback" not in output
-    finish(tmp_path)
-    assert_same_results(tmp_path, uninterrupted)
-
-
 def test_the_default_run_reaches_the_numbers(tmp_path):
     done = run_command(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "summary.json").exists()
     run(CONFIG, tmp_path, None)
     going_on = f"Going on from the checkpoint of step {10 * (calls - 1)} in {tmp_path}"
-    assert (going_on in capsys.readouterr().out) == (calls > 1)
+    assert going_on in capsys.readouterr().out
     assert_same_results(tmp_path, finished)
 
 
@@ -146,7 +146,7 @@ def test_lost_rows_are_an_error_and_the_rest_stays(copied, name):
     path = copied / name
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     before = read_files(copied)
-    with pytest.raises(WorkdirError, match=f"{path} is damaged: .* step 40"):
+    with pytest.raises(WorkdirError, match=f"{path} is damaged, or of another run"):
         run(CONFIG, copied, None)
     assert read_files(copied) == before
 

@@ -15,7 +15,7 @@ from experiments.mnist.config import CONFIGURATION
 from experiments.mnist.experiment import make_replicas
 from experiments.mnist.training import run
 from experiments.running.metrics import read_rows
-from experiments.running.workdir import WorkdirError, open_workdir
+from experiments.running.workdir import WorkdirError, open_workdir, read_json
 from experiments.training import evaluation
 from tests.experiments.data.conftest import prepare_set, to_examples
 from tests.experiments.helpers import (
@@ -37,7 +37,7 @@ def test_everything_is_there(finished):
     assert checkpoints == {"30", "40"}
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     PIL.Image.open(finished / "figure1.png").verify()
-    config = json.loads((finished / "config.json").read_text())
+    config = read_json(finished / "config.json")
     assert config.keys() == CONFIG.keys() | {"data_checksum"}
 
 
@@ -83,7 +83,8 @@ def test_summary_agrees_with_the_rows(finished):
 
 def test_percentiles_are_those_of_the_probed_examples(finished):
     experiment = training.Experiment(CONFIG, make_image_set())
-    _, states = restore_newest(finished / "checkpoints", experiment.initial_states())
+    like = experiment.initial_states()
+    _, states, _ = restore_newest(finished / "checkpoints", like)
     inputs = evaluation.sigmoid_inputs(
         experiment.models, 1.0, states, experiment._probe
     )
@@ -148,7 +149,7 @@ def test_other_data_is_refused(copied, monkeypatch):
 
 
 def test_a_workdir_in_use_is_refused(copied):
-    config = json.loads((copied / "config.json").read_text())
+    config = read_json(copied / "config.json")
     with (
         open_workdir(copied, config, CONFIGURATION),
         pytest.raises(WorkdirError, match="another process is writing"),

@@ -94,6 +94,39 @@ def test_unwritable_workdir(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("argument", "expected"),
+    {
+        "--workdir=": "--workdir= is empty: expected a folder; is a variable not set?",
+        "--data_dir= ": "--data_dir= is empty",
+        "--workdir=gs://bucket/run": "--workdir=gs://bucket/run: expected a folder of",
+        "--data_dir=s3://bucket/data": "mount the bucket",
+    }.items(),
+)
+def test_folders_that_are_none_of_this_machine(tmp_path, argument, expected):
+    assert expected in error_of(tmp_path, argument)
+
+
+def test_a_home_folder_is_that_of_the_user(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    message = error_of(tmp_path, "--workdir=~/runs/a", HOME=str(tmp_path))
+    assert f"cannot write to the workdir {tmp_path / 'runs' / 'a'}" in message
+    message = error_of(tmp_path, "--data_dir=~/none", HOME=str(tmp_path))
+    assert f"not prepared in {tmp_path / 'none'}" in message
+
+
+def test_a_name_alone_makes_no_variant(tmp_path):
+    done = run_command(
+        "--config.variant=bn_x5",
+        f"--workdir={tmp_path / 'run'}",
+        module="experiments.inception",
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --config.variant only names a model")
+    assert "choose one of the variants with --config=VARIANT" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     {
         "def get_config(:": "SyntaxError",

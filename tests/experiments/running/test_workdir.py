@@ -8,8 +8,10 @@ from experiments.configuration.fields import Configuration, Field, Role
 from experiments.running import workdir as workdir_module
 from experiments.running.workdir import (
     WorkdirError,
+    is_same_file,
     open_workdir,
     read_json,
+    write_json,
     write_whole,
 )
 from tests.experiments.helpers import REPOSITORY, read_files
@@ -59,7 +61,7 @@ def error_of(workdir, config=CONFIG) -> str:
 def test_makes_the_folder_with_its_configuration(tmp_path):
     workdir = tmp_path / "a" / "b"
     open_workdir(workdir, CONFIG, CHOICES).close()
-    found = json.loads((workdir / "config.json").read_text())
+    found = read_json(workdir / "config.json")
     assert found == {"rate": 0.5, "hidden": [3, 4], "name": "x"}
 
 
@@ -112,8 +114,40 @@ def test_damaged_configuration(tmp_path, content):
 
 
 def test_read_json_gives_back_what_was_written(tmp_path):
-    write_whole(tmp_path / "x.json", json.dumps({"a": [1, None]}))
-    assert read_json(tmp_path / "x.json") == {"a": [1, None]}
+    path = tmp_path / "x.json"
+    write_json(path, {"a": (1, None)})
+    assert read_json(path) == read_json(path, ["a"]) == {"a": [1, None]}
+
+
+def test_read_json_refuses_another_object(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {})
+    with pytest.raises(WorkdirError, match=f"{path} lacks a, b: expected that of a"):
+        read_json(path, ["a", "b"])
+
+
+def test_a_deleted_lock_lets_nobody_in(tmp_path):
+    with open_workdir(tmp_path, CONFIG, CHOICES):
+        (tmp_path / ".lock").unlink()
+        assert "another process is writing" in open_elsewhere(tmp_path).stderr
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "kept").write_text("all of it")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "kept")
+    assert "Too many levels of symbolic links" in error_of(tmp_path / "run")
+    assert (tmp_path / "kept").read_text() == "all of it"
+
+
+def test_a_file_is_known_by_more_than_its_name(tmp_path):
+    path = tmp_path / "x"
+    with path.open("w") as file:
+        assert is_same_file(file, path)
+        path.rename(tmp_path / "y")
+        assert not is_same_file(file, path)
+        path.write_text("")
+        assert not is_same_file(file, path)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

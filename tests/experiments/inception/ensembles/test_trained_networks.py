@@ -1,6 +1,5 @@
 import contextlib
 import gc
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from experiments.inception.ensembles.trained_networks import (
 )
 from experiments.inception.experiment import NETWORK
 from experiments.inception.training import POPULATION
-from experiments.running.workdir import WorkdirError
+from experiments.running.workdir import WorkdirError, read_json, write_json
 from tests.experiments.helpers import ORBAX_LEFTOVERS, assert_trees_identical
 from tests.experiments.inception.tiny_inception import (
     NUM_TEST,
@@ -76,9 +75,9 @@ def contents(directory: Path) -> dict[str, tuple]:
 def change(folder: Path, name: str = "config.json", **changes: object) -> None:
     """Overwrites values in a JSON file of a run; None removes one."""
     path = folder / name
-    content = json.loads(path.read_text()) | changes
+    content = read_json(path) | changes
     kept = {key: value for key, value in content.items() if value is not None}
-    path.write_text(json.dumps(kept))
+    write_json(path, kept)
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +207,7 @@ def test_what_is_compiled_is_shared_where_inference_is_the_same(bn, tmp_path):
 
 @pytest.mark.parametrize("key", SHARED_KEYS)
 def test_networks_must_see_the_same(bn, runs, key):
-    config = json.loads((bn / "config.json").read_text())
+    config = read_json(bn / "config.json")
     value = "other" if key == "dataset" else not config[key]
     change(bn, **{key: value})
     message = error_of(ConfigError, runs / "plain", bn)
@@ -283,14 +282,14 @@ def test_in_place_of_a_damaged_state_the_one_before_is_taken(bn, capsys):
     ],
 )
 def test_data_must_be_those_of_every_run(bn, runs, key, value, expected):
-    data = json.loads((bn / "config.json").read_text())["data"]
+    data = read_json(bn / "config.json")["data"]
     change(bn, data=data | {key: value})
     message = error_of(DataError, runs, bn)
     assert f"what {bn} was trained with: {expected};" in message
 
 
 def test_networks_may_have_seen_parts_of_the_training_set(bn, runs):
-    data = json.loads((bn / "config.json").read_text())["data"]
+    data = read_json(bn / "config.json")["data"]
     change(bn, data=data | {"training_examples": 7}, seed=9)
     networks = load(bn, runs / "bn")
     assert sorted(network.name for network in networks) == [
