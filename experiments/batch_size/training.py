@@ -30,6 +30,7 @@ from experiments.distributed.progress import progress_bar
 from experiments.running.figures import save
 from experiments.running.loop import Plan, fit
 from experiments.running.metrics import finite, read_rows
+from experiments.running.new_files import no_link
 from experiments.running.workdir import open_workdir, write_whole
 from experiments.training.optimisers import make_optimiser, with_learning_rate
 from experiments.training.state import TrainState
@@ -89,7 +90,7 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
                 rows.append(
                     finite(train_setting(setting, config, data, images.num_classes))
                 )
-                with path.open("a") as file:
+                with open(path, "a", opener=no_link) as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 bar.update()
         summary = summarise(config, rows)

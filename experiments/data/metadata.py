@@ -8,12 +8,14 @@ ever downloaded, and TensorFlow is not needed.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from experiments.data.errors import DataError, first_line
+from experiments.data.files import file_status
 from experiments.data.records import FILE_FORMATS, Records
 from experiments.data.splits import UndecodableError
 
@@ -21,7 +23,19 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _FILE_NAME_KEY = "file_name"
+_MAX_NAME = 255  # letters, as file systems have it
 _RECORDS_LOOKED_AT = 10  # to tell whether a split has labels
+
+# What metadata may claim: more than any set has, and little enough to go on with.
+_MAX_METADATA_BYTES = 2**24
+_MAX_SHARDS = 10**5  # file names have five digits for them
+_MAX_CLASSES = 10**6
+_MAX_SIDE = 2**16  # of images of a fixed shape, in pixels
+
+# Where features.json has names of Python classes, whose modules TFDS imports: in
+# spellings of the protocol buffer, and as earlier versions of TFDS had it.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_CLASSES_OF_TFDS = "tensorflow_datasets.core.features."
 
 
 class Features(NamedTuple):
@@ -60,9 +74,11 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
     if not tfds.core.naming.is_valid_dataset_name(name):
         raise _not_prepared(name, directory)
     try:
+        _check_before_parsing(directory / _directory_name(name))
         info = tfds.core.read_only_builder.builder_from_files(
             name, data_dir=directory
         ).info
+        _check_claims(info)
     except tfds.core.DatasetNotFoundError:
         raise _not_prepared(name, directory) from None
     # Damaged metadata surfaces as one of many types: of JSON, protobuf and TFDS.
@@ -79,6 +95,69 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
             "file_format='array_record'"
         )
     return info
+
+
+def _directory_name(name: str) -> str:
+    """The folder of a set's configurations and versions, as TFDS takes its name."""
+    import tensorflow_datasets as tfds
+
+    parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
+    return str(parsed.name)
+
+
+def _check_before_parsing(directory: epath.Path) -> None:
+    """Looks at the metadata of all versions for what TFDS should not even read.
+
+    Raises:
+      ValueError: something else than a file would be waited for, more would be read
+        than metadata take, or the code of others would be run.
+    """
+    versions = [
+        path.parent
+        for depth in ("*", "*/*")
+        for path in directory.glob(f"{depth}/features.json")
+    ]
+    for version in versions:
+        for path in version.iterdir():
+            if path.suffix not in (".json", ".txt"):
+                continue
+            if (size := file_status(path).size) > _MAX_METADATA_BYTES:
+                raise ValueError(f"{path} has {size:,} bytes")
+        path = version / "features.json"
+        for class_name in _class_names(json.loads(path.read_text())):
+            if not str(class_name).startswith(_CLASSES_OF_TFDS):
+                raise ValueError(f"{path} names {class_name!r}, no feature of TFDS")
+
+
+def _class_names(content: Any) -> list[Any]:
+    """All names of classes in a JSON value, and in JSON that it holds as text."""
+    if isinstance(content, list):
+        return [name for entry in content for name in _class_names(entry)]
+    if not isinstance(content, dict):
+        return []
+    names = []
+    for key, value in content.items():
+        if key == "json" and isinstance(value, str):
+            names += _class_names(json.loads(value))
+        elif key in _CLASS_KEYS and not isinstance(value, dict | list):
+            names.append(value)
+        else:
+            names += _class_names(value)
+    return names
+
+
+def _check_claims(info: tfds.core.DatasetInfo) -> None:
+    """Raises ValueError where metadata claim what no set has."""
+    for name, split in info.splits.items():
+        lengths = split.shard_lengths
+        if len(lengths) > _MAX_SHARDS or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"split {name} is said to have {len(lengths)} files, the smallest of "
+                f"{min(lengths)} examples"
+            )
+        for path in split.filepaths:
+            if epath.Path(path).parent != epath.Path(info.data_dir):
+                raise ValueError(f"split {name} is said to lie elsewhere, in {path}")
 
 
 def data_directory(data_dir: str | None) -> epath.Path:
@@ -124,6 +203,17 @@ def choose_features(name: str, info: tfds.core.DatasetInfo) -> Features:
         raise DataError(
             f"data set {name!r} has images of type {np.dtype(image.np_dtype)}: "
             "expected uint8; choose another set"
+        )
+    height, width, _ = image.shape
+    sides = [side for side in (height, width) if side is not None]
+    if not (
+        all(0 < side <= _MAX_SIDE for side in sides)
+        and 0 < label.num_classes <= _MAX_CLASSES
+    ):
+        raise DataError(
+            f"data set {name!r} has images of {height}x{width} pixels and "
+            f"{label.num_classes} classes: expected at most {_MAX_SIDE:,} pixels a "
+            f"side and {_MAX_CLASSES:,} classes; choose another set"
         )
     return Features(
         image_key=images[0],
@@ -175,7 +265,13 @@ def parse_example(record: bytes, features: Features) -> EncodedExample:
             f"it has no {features.image_key} or no {features.label_key}"
         ) from None
     file_name = b"".join(fields[_FILE_NAME_KEY].bytes_list.value)
-    return EncodedExample(image, label, file_name.decode(errors="replace"))
+    return EncodedExample(image, label, _printable(file_name))
+
+
+def _printable(text: bytes) -> str:
+    """A name that a terminal shows in one line, whatever is in it."""
+    letters = text.decode(errors="replace")[:_MAX_NAME]
+    return "".join(letter if letter.isprintable() else "?" for letter in letters)
 
 
 def _has_labels(

@@ -2,12 +2,12 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.configuration.fields import Configuration
+from experiments.running.new_files import open_lock, whole_file
 
 
 class WorkdirError(RuntimeError):
@@ -33,7 +33,7 @@ def open_workdir(
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = open_lock(workdir / ".lock")
     except OSError as error:
         raise WorkdirError(
             f"cannot write to the workdir {workdir} ({error.strerror}); choose another "
@@ -56,12 +56,8 @@ def open_workdir(
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed run, never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from experiments.configuration.fields import Configuration, Field, Role
-from experiments.running import workdir as workdir_module
 from experiments.running.workdir import (
     WorkdirError,
     open_workdir,
@@ -127,7 +127,7 @@ def test_write_whole_leaves_the_old_content_when_it_fails(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    owner = workdir_module.os if function == "fsync" else type(path)
+    owner = os if function == "fsync" else type(path)
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fail)
         with pytest.raises(OSError, match="disk full"):
@@ -139,7 +139,7 @@ def test_write_whole_leaves_the_old_content_when_it_fails(
 
 def test_write_whole_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(workdir_module.os, "fsync", lambda _: seen.append("fsync"))
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append("fsync"))
     replace = type(tmp_path).replace
 
     def record(path, target):
