@@ -16,6 +16,7 @@ params/conv1/kernel, to FILE.npz or FILE.safetensors. With --fold batch normalis
 are folded into the layers before them, where there is one.
 """
 
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -61,4 +62,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # As `head` and the like expect: no error when they have seen enough.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     commands.launch_with_arguments(main, __doc__)

@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+_NAMES = ("orbax", "tensorstore", "OCDBT")  # the last is TensorStore's format of files
+
 
 @functools.cache
 def silence_leftovers() -> None:
@@ -37,10 +39,12 @@ def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     if "exception was never retrieved" not in message:
         return True
-    # A task is named in the message, a future is known by where its error comes from.
+    # A task is named in the message, a future is known by where its error comes from;
+    # and where asyncio wrapped what TensorStore, below Orbax, does, by what that tells.
     _, _, trace = record.exc_info or (None, None, None)
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
-    return "orbax" not in message and not any(map(_is_of_orbax, files))
+    named = any(name in message for name in _NAMES)
+    return not named and not any(map(_is_of_orbax, files))
 
 
 def _is_of_orbax(file: str) -> bool:

@@ -182,7 +182,10 @@ def _naming(path: Path) -> Iterator[None]:
     """Names the archive in which tarfile met an error."""
     try:
         yield
-    except tarfile.TarError as error:
+    except (DataError, OSError):
+        raise
+    # Beside errors of its own, tarfile raises whatever a header happens to break.
+    except Exception as error:
         raise _damaged(path, first_line(error)) from None
 
 

@@ -151,7 +151,12 @@ def _divide(unsorted: Path, num_images: int, num_bytes: int) -> list[_Shard]:
 def _sorted_examples(unsorted: Path, num_images: int) -> _Examples:
     with progress_bar(num_images, 0, "images written") as bar:
         for record in collect(unsorted, num_images):
-            *names, content = record.split(b"\0", 2)
-            file_name, label = (name.decode() for name in names)
+            try:
+                name, class_name, content = record.split(b"\0", 2)
+                file_name, label = name.decode(), class_name.decode()
+            except ValueError:
+                raise DataError(
+                    f"the temporary files in {unsorted} were changed; start again"
+                ) from None
             yield file_name, {"image": content, "label": label, "file_name": file_name}
             bar.update()

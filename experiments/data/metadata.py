@@ -8,13 +8,15 @@ ever downloaded, and TensorFlow is not needed.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from experiments.data.errors import DataError, first_line
+from experiments.data.errors import DataError, first_line, printable
 from experiments.data.files import file_status
 from experiments.data.records import FILE_FORMATS, Records
 from experiments.data.splits import UndecodableError
@@ -23,14 +25,15 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _FILE_NAME_KEY = "file_name"
-_MAX_NAME = 255  # letters, as file systems have it
 _RECORDS_LOOKED_AT = 10  # to tell whether a split has labels
 
 # What metadata may claim: more than any set has, and little enough to go on with.
 _MAX_METADATA_BYTES = 2**24
 _MAX_SHARDS = 10**5  # file names have five digits for them
+_MAX_NAME = 255  # letters of a file's name
 _MAX_CLASSES = 10**6
 _MAX_SIDE = 2**16  # of images of a fixed shape, in pixels
+_CHANNELS = (1, 3, 4)
 
 # Where features.json has names of Python classes, whose modules TFDS imports: in
 # spellings of the protocol buffer, and as earlier versions of TFDS had it.
@@ -75,9 +78,11 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
         raise _not_prepared(name, directory)
     try:
         _check_before_parsing(directory / _directory_name(name))
-        info = tfds.core.read_only_builder.builder_from_files(
-            name, data_dir=directory
-        ).info
+        # TFDS prints a banner over several lines where it would need TensorFlow.
+        with contextlib.redirect_stdout(io.StringIO()):
+            info = tfds.core.read_only_builder.builder_from_files(
+                name, data_dir=directory
+            ).info
         _check_claims(info)
     except tfds.core.DatasetNotFoundError:
         raise _not_prepared(name, directory) from None
@@ -156,8 +161,11 @@ def _check_claims(info: tfds.core.DatasetInfo) -> None:
                 f"{min(lengths)} examples"
             )
         for path in split.filepaths:
-            if epath.Path(path).parent != epath.Path(info.data_dir):
+            directory, _, file_name = os.fspath(path).rpartition("/")
+            if directory != os.fspath(info.data_dir).rstrip("/"):
                 raise ValueError(f"split {name} is said to lie elsewhere, in {path}")
+            if len(file_name) > _MAX_NAME or not file_name.isprintable():
+                raise ValueError(f"split {name} is said to lie in {file_name!a}")
 
 
 def data_directory(data_dir: str | None) -> epath.Path:
@@ -204,16 +212,17 @@ def choose_features(name: str, info: tfds.core.DatasetInfo) -> Features:
             f"data set {name!r} has images of type {np.dtype(image.np_dtype)}: "
             "expected uint8; choose another set"
         )
-    height, width, _ = image.shape
-    sides = [side for side in (height, width) if side is not None]
     if not (
-        all(0 < side <= _MAX_SIDE for side in sides)
-        and 0 < label.num_classes <= _MAX_CLASSES
+        len(image.shape) == 3
+        and all(side is None or 0 < side <= _MAX_SIDE for side in image.shape[:2])
+        and image.shape[2] in _CHANNELS
+        and 0 < (label.num_classes or 0) <= _MAX_CLASSES
     ):
         raise DataError(
-            f"data set {name!r} has images of {height}x{width} pixels and "
+            f"data set {name!r} has images of the shape {image.shape} and "
             f"{label.num_classes} classes: expected at most {_MAX_SIDE:,} pixels a "
-            f"side and {_MAX_CLASSES:,} classes; choose another set"
+            f"side, {' or '.join(map(str, _CHANNELS))} channels, and at most "
+            f"{_MAX_CLASSES:,} classes; choose another set"
         )
     return Features(
         image_key=images[0],
@@ -265,13 +274,7 @@ def parse_example(record: bytes, features: Features) -> EncodedExample:
             f"it has no {features.image_key} or no {features.label_key}"
         ) from None
     file_name = b"".join(fields[_FILE_NAME_KEY].bytes_list.value)
-    return EncodedExample(image, label, _printable(file_name))
-
-
-def _printable(text: bytes) -> str:
-    """A name that a terminal shows in one line, whatever is in it."""
-    letters = text.decode(errors="replace")[:_MAX_NAME]
-    return "".join(letter if letter.isprintable() else "?" for letter in letters)
+    return EncodedExample(image, label, printable(file_name.decode(errors="replace")))
 
 
 def _has_labels(

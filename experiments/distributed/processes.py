@@ -115,7 +115,7 @@ def _bind_address(address: Address) -> str | None:
         return None
     if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
         return None
-    host, _, port = address.coordinator.rpartition(":")
+    host = address.coordinator.rpartition(":")[0]
     for family, kind, protocol, _, place in socket.getaddrinfo(
         host.strip("[]"), 0, type=socket.SOCK_STREAM
     ):
