@@ -24,6 +24,7 @@ MAX_RATIO = 100
 _MARKER = re.compile(rb"\xff([\x01-\xfe])")
 _LONE_CODES = {0x01, *range(0xD0, 0xD8)}  # markers without a segment
 _FRAME_CODES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL_CODES = (0xC0, 0xC1)
 _SCAN_CODE = 0xDA
 _SCAN = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
@@ -120,22 +121,29 @@ def decode(encoded: bytes, at_least: int | None = None) -> np.ndarray:
 def _read_jpeg_header(encoded: bytes) -> tuple[int, int, int]:
     """Walks through its segments; returns height, width, and the number of scans."""
     position = len(_JPEG_START) - 1
-    size: tuple[int, int] | None = None
+    frame_code, height, width, channels = 0, 0, 0, b""
     while marker := _MARKER.search(encoded, position):
         position = marker.end()
         code = marker[1][0]
-        if code == _SCAN_CODE and size is not None:
+        if code == _SCAN_CODE and frame_code:
             # A thumbnail inside the header has an end of its own, and 255 in the
             # compressed data is never followed by the code of the end, or of a scan.
             if encoded.rfind(_JPEG_END, position) < 0:
                 raise UndecodableError("truncated: the JPEG's end-of-image is missing")
-            return *size, 1 + encoded.count(_SCAN, position)
+            # What has all channels in its first scan has no other.
+            scanned = encoded[position + 2 : position + 3]
+            if frame_code in _SEQUENTIAL_CODES and scanned == channels:
+                return height, width, 1
+            return height, width, 1 + encoded.count(_SCAN, position)
         # Read as decoders read them, lest these find another frame than is found here.
         if code in _LONE_CODES:
             continue
         try:
             if code in _FRAME_CODES:
-                size = struct.unpack_from(">3xHH", encoded, position)
+                frame_code = code
+                height, width, channels = struct.unpack_from(
+                    ">3xHHc", encoded, position
+                )
             (length,) = struct.unpack_from(">H", encoded, position)
         except struct.error:
             break

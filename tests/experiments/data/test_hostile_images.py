@@ -176,6 +176,11 @@ HOSTILE = {
     "many scans": claiming(IMAGES["progressive"], 8000, 8000)[:-2]
     + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" * 2000
     + b"\xff\xd9",
+    "many scans of a grey one": claiming(IMAGES["grey"], 8000, 8000).replace(
+        b"\xff\xda\x00\x08\x01", b"\xff\xda\x00\x08\x02"
+    )[:-2]
+    + b"\xff\xda" * 2000
+    + b"\xff\xd9",
     "a hidden frame": hidden(IMAGES["baseline"], 32_000, 32_000),
     "PNG of 2^31": png(2, 2).replace(b"\0\0\0\2" * 2, b"\x7f\xff\xff\xff" * 2, 1),
 }

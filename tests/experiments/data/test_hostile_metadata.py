@@ -143,6 +143,8 @@ def test_any_change(changed_set, file):
         counts[outcome(changed_set, sound)] += 1
     assert counts.total() == NUM_CHANGES
     assert counts["refused"] > NUM_CHANGES / 4
+    path.write_bytes(text)
+    assert outcome(changed_set, sound) == "read"
 
 
 def image_of(content):
