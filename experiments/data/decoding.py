@@ -10,12 +10,15 @@ from experiments.data.splits import UndecodableError
 
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_CHUNK, _PNG_CHECKSUM_BYTES = struct.Struct(">I4s"), 4
+_PNG_NOTES = (b"iCCP", b"iTXt", b"zTXt")  # compressed, by up to a factor of 1,000
 _PNG_END = b"IEND\xae\x42\x60\x82"
 
-# What a small file may ask of a decoder. The largest image of ImageNet has 60 million
-# pixels; every scan of a progressive JPEG goes over all of them again.
+# What a small file may ask of a decoder. Photographs have up to 60 million pixels;
+# every scan of a progressive JPEG goes over all of them again.
 MAX_PIXELS = 2**26
 _MAX_PIXELS_SCANNED = 2**30
+_MAX_NOTES_BYTES = 2**18
 # Of the longer side to the shorter, which is what resizing starts from.
 MAX_RATIO = 100
 
@@ -152,8 +155,18 @@ def _read_jpeg_header(encoded: bytes) -> tuple[int, int, int]:
 
 
 def _read_png_header(encoded: bytes) -> tuple[int, int]:
-    """Reads the first chunk, and looks whether the last one is there."""
+    """Reads the first chunk, and looks whether the last is there, and at all notes."""
     if encoded.rfind(_PNG_END) < 0:
         raise UndecodableError("truncated: the PNG's end is missing")
     width, height = struct.unpack_from(">II", encoded, len(_PNG_START))
+    position, notes = len(_PNG_START) - _PNG_CHUNK.size, 0
+    while position + _PNG_CHUNK.size <= len(encoded):
+        length, kind = _PNG_CHUNK.unpack_from(encoded, position)
+        notes += length if kind in _PNG_NOTES else 0
+        position += _PNG_CHUNK.size + length + _PNG_CHECKSUM_BYTES
+    if notes > _MAX_NOTES_BYTES:
+        raise UndecodableError(
+            f"it has {notes:,} bytes of compressed notes: expected at most "
+            f"{_MAX_NOTES_BYTES:,}"
+        )
     return height, width

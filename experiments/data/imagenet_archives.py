@@ -25,7 +25,7 @@ VALIDATION = Archive("ILSVRC2012_img_val.tar", 6_744_924_160, 50_000)
 
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _MAX_LISTED = 20
-_MAX_IMAGE_BYTES = 2**26  # the largest of ImageNet has a quarter
+_MAX_IMAGE_BYTES = 2**26  # photographs take a fraction
 
 
 class ArchivedImage(NamedTuple):

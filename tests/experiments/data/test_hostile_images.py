@@ -130,18 +130,22 @@ def test_any_change_of_a_header_is_taken_alike_in_training_and_evaluation(capfd)
     assert min(counts.values()) > NUM_CHANGES / 10
 
 
+def chunk(kind, data):
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
+
+
+NOTE = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(8 * 10**6)))
+
+
 def png(width, height, *, extra=b"", colours=2, pixel_bytes=3):
     """A PNG of one colour, of any size."""
     rows = zlib.compressobj(9)
     row = bytes(1 + pixel_bytes * width)
     data = b"".join(rows.compress(row) for _ in range(height)) + rows.flush()
     size = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
-    content = [(b"IHDR", size), (b"IDAT", data), (b"IEND", b"")]
-    chunks = [
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
-        for k, d in content
-    ]
-    return b"\x89PNG\r\n\x1a\n" + chunks[0] + extra + b"".join(chunks[1:])
+    pixels = chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + extra + pixels
 
 
 def claiming(encoded, height, width):
@@ -182,6 +186,7 @@ HOSTILE = {
     + b"\xff\xda" * 2000
     + b"\xff\xd9",
     "a hidden frame": hidden(IMAGES["baseline"], 32_000, 32_000),
+    "gigabytes of notes": png(64, 64, extra=300 * NOTE),
     "PNG of 2^31": png(2, 2).replace(b"\0\0\0\2" * 2, b"\x7f\xff\xff\xff" * 2, 1),
 }
 
@@ -211,7 +216,7 @@ def test_images_that_would_take_all_time_or_memory_are_refused_at_once():
 
 
 def test_the_limits_hold_for_what_is_within_them():
-    for size in ((MAX_RATIO, 1), (1, MAX_RATIO), (1, 1)):
-        encoded = png(*size)
+    within = [png(MAX_RATIO, 1), png(1, MAX_RATIO), png(1, 1), png(9, 9, extra=NOTE)]
+    for encoded in within:
         assert outcome(train, encoded, (16, 16, 3)) == "decoded"
         assert outcome(evaluate, encoded, (CROPS, 16, 16, 3)) == "decoded"
