@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from experiments.checkpoints.folders import choose_checkpoint
 from experiments.checkpoints.load import load_variables
 from experiments.checkpoints.stored import damage_named, named_leaves, read_metadata
 from experiments.configuration.fields import ConfigError
+from experiments.running.new_files import whole_file
 from experiments.running.workdir import WorkdirError
 
 
@@ -52,10 +54,8 @@ def export(
             arrays[f"{collection}/{inserted}{rest}"] = _widened(np.asarray(leaf))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, as everything here; the ending chooses the format.
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        WRITERS[path.suffix](partial, arrays, {"checkpoint": str(checkpoint)})
-        partial.replace(path)
+        with whole_file(path) as file:
+            WRITERS[path.suffix](file, arrays, {"checkpoint": str(checkpoint)})
     except OSError as error:
         raise WorkdirError(f"cannot write {path} ({error.strerror}).") from None
     size = sum(array.nbytes for array in arrays.values())
@@ -68,27 +68,23 @@ def _widened(array: np.ndarray) -> np.ndarray:
 
 
 def _write_npz(
-    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write_safetensors(
-    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError:
         raise ConfigError(
-            f"--output={path}: the package safetensors is not installed; "
+            "--output=FILE.safetensors: the package safetensors is not installed; "
             "`pip install safetensors`, or export to .npz."
         ) from None
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-        path,
-        metadata=dict(notes),
-    )
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    file.write(save(contiguous, metadata=dict(notes)))
 
 
 WRITERS: Mapping[str, Callable[..., None]] = {

@@ -27,9 +27,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
     if any((folder / item).is_dir() for item in (METADATA_ITEM, *ARRAY_ITEMS)):
         return [folder]
     below = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [
-        place / str(step) for place in (folder, *below) for step in stored_steps(place)
-    ]
+    folders = [folder, *(place for place in below if place.is_dir())]
+    found = [place / str(step) for place in folders for step in stored_steps(place)]
     if not found:
         raise CheckpointError(
             f"{folder} holds no checkpoint: expected a run's workdir, a folder of "

@@ -9,8 +9,11 @@ import functools
 import logging
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
+
+_NAMES = ("orbax", "tensorstore", "OCDBT")  # the last is TensorStore's format of files
 
 
 @functools.cache
@@ -18,10 +21,15 @@ def silence_leftovers() -> None:
     """Keeps these off the terminal; all other errors are shown as before."""
     logging.getLogger("absl").addFilter(_is_no_error_of_orbax)
     logging.getLogger("asyncio").addFilter(_is_no_task_of_orbax)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     show = sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # An event loop that could not be made, for want of files, fails once more.
+        of_a_loop = getattr(unraisable.object, "__qualname__", "").startswith(
+            "BaseEventLoop."
+        )
+        if str(unraisable.exc_value) != "Event loop is closed" and not of_a_loop:
             show(unraisable)
 
     sys.unraisablehook = show_others
@@ -37,10 +45,12 @@ def _is_no_task_of_orbax(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     if "exception was never retrieved" not in message:
         return True
-    # A task is named in the message, a future is known by where its error comes from.
+    # A task is named in the message, a future is known by where its error comes from;
+    # and where asyncio wrapped what TensorStore, below Orbax, does, by what that tells.
     _, _, trace = record.exc_info or (None, None, None)
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
-    return "orbax" not in message and not any(map(_is_of_orbax, files))
+    named = any(name in message for name in _NAMES)
+    return not named and not any(map(_is_of_orbax, files))
 
 
 def _is_of_orbax(file: str) -> bool:

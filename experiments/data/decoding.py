@@ -10,13 +10,26 @@ from experiments.data.splits import UndecodableError
 
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_CHUNK, _PNG_CHECKSUM_BYTES = struct.Struct(">I4s"), 4
+_PNG_NOTES = (b"iCCP", b"iTXt", b"zTXt")  # compressed, by up to a factor of 1,000
 _PNG_END = b"IEND\xae\x42\x60\x82"
 
-# A marker of JPEG: any number of bytes 255, and its code. Decoders skip what stands
-# between two segments though nothing should.
-_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+# What a small file may ask of a decoder. Photographs have up to 60 million pixels;
+# every scan of a progressive JPEG goes over all of them again.
+MAX_PIXELS = 2**26
+_MAX_PIXELS_SCANNED = 2**30
+_MAX_NOTES_BYTES = 2**18
+# Of the longer side to the shorter, which is what resizing starts from.
+MAX_RATIO = 100
+
+# A marker of JPEG: the last of any number of bytes 255, and its code. Decoders skip
+# what stands between two segments though nothing should.
+_MARKER = re.compile(rb"\xff([\x01-\xfe])")
+_LONE_CODES = {0x01, *range(0xD0, 0xD8)}  # markers without a segment
 _FRAME_CODES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL_CODES = (0xC0, 0xC1)
 _SCAN_CODE = 0xDA
+_SCAN = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
 
 # The orientation that a camera noted is ignored, as TensorFlow and Pillow ignore it:
@@ -41,21 +54,34 @@ def image_size(encoded: bytes) -> tuple[int, int]:
       The image's height and width in pixels.
 
     Raises:
-      UndecodableError: if the header is of neither form, incomplete or malformed, or
-        if the end of the file is missing.
+      UndecodableError: if the header is of neither form, incomplete or malformed, if
+        the end of the file is missing, or if it claims more pixels than `MAX_PIXELS`,
+        or a side of more than `MAX_RATIO` times the other.
     """
+    scans = 1
     if encoded.startswith(_JPEG_START):
-        height, width = _jpeg_size(encoded)
+        height, width, scans = _read_jpeg_header(encoded)
     elif encoded.startswith(_PNG_START):
-        height, width = _png_size(encoded)
+        height, width = _read_png_header(encoded)
     else:
         raise UndecodableError(
             f"neither a JPEG nor a PNG: {len(encoded)} bytes that begin with "
             f"{encoded[:8]!r}"
         )
-    if height == 0 or width == 0:
-        raise UndecodableError(f"its header says that it is {height}x{width} pixels")
-    return height, width
+    short, long = sorted((height, width))
+    if short == 0:
+        expected = "at least 1x1"
+    elif height * width > MAX_PIXELS:
+        expected = f"at most {MAX_PIXELS:,}"
+    elif long > MAX_RATIO * short:
+        expected = f"a longer side of at most {MAX_RATIO} times the shorter"
+    elif height * width * scans > _MAX_PIXELS_SCANNED:
+        expected = f"at most {_MAX_PIXELS_SCANNED:,} in all of its {scans} scans"
+    else:
+        return height, width
+    raise UndecodableError(
+        f"its header says that it is {height}x{width} pixels: expected {expected}"
+    )
 
 
 def decode(encoded: bytes, at_least: int | None = None) -> np.ndarray:
@@ -95,22 +121,32 @@ def decode(encoded: bytes, at_least: int | None = None) -> np.ndarray:
     return image
 
 
-def _jpeg_size(encoded: bytes) -> tuple[int, int]:
-    """Walks through the segments of a header; returns the frame's height and width."""
+def _read_jpeg_header(encoded: bytes) -> tuple[int, int, int]:
+    """Walks through its segments; returns height, width, and the number of scans."""
     position = len(_JPEG_START) - 1
-    size = None
+    frame_code, height, width, channels = 0, 0, 0, b""
     while marker := _MARKER.search(encoded, position):
         position = marker.end()
         code = marker[1][0]
-        if code == _SCAN_CODE and size is not None:
+        if code == _SCAN_CODE and frame_code:
             # A thumbnail inside the header has an end of its own, and 255 in the
-            # compressed data is never followed by the code of the end.
+            # compressed data is never followed by the code of the end, or of a scan.
             if encoded.rfind(_JPEG_END, position) < 0:
                 raise UndecodableError("truncated: the JPEG's end-of-image is missing")
-            return size
+            # What has all channels in its first scan has no other.
+            scanned = encoded[position + 2 : position + 3]
+            if frame_code in _SEQUENTIAL_CODES and scanned == channels:
+                return height, width, 1
+            return height, width, 1 + encoded.count(_SCAN, position)
+        # Read as decoders read them, lest these find another frame than is found here.
+        if code in _LONE_CODES:
+            continue
         try:
             if code in _FRAME_CODES:
-                size = struct.unpack_from(">3xHH", encoded, position)
+                frame_code = code
+                height, width, channels = struct.unpack_from(
+                    ">3xHHc", encoded, position
+                )
             (length,) = struct.unpack_from(">H", encoded, position)
         except struct.error:
             break
@@ -118,9 +154,19 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int]:
     raise UndecodableError("truncated: the JPEG's header is incomplete")
 
 
-def _png_size(encoded: bytes) -> tuple[int, int]:
-    """Reads the first chunk, and looks whether the last one is there."""
+def _read_png_header(encoded: bytes) -> tuple[int, int]:
+    """Reads the first chunk, and looks whether the last is there, and at all notes."""
     if encoded.rfind(_PNG_END) < 0:
         raise UndecodableError("truncated: the PNG's end is missing")
     width, height = struct.unpack_from(">II", encoded, len(_PNG_START))
+    position, notes = len(_PNG_START) - _PNG_CHUNK.size, 0
+    while position + _PNG_CHUNK.size <= len(encoded):
+        length, kind = _PNG_CHUNK.unpack_from(encoded, position)
+        notes += length if kind in _PNG_NOTES else 0
+        position += _PNG_CHUNK.size + length + _PNG_CHECKSUM_BYTES
+    if notes > _MAX_NOTES_BYTES:
+        raise UndecodableError(
+            f"it has {notes:,} bytes of compressed notes: expected at most "
+            f"{_MAX_NOTES_BYTES:,}"
+        )
     return height, width

@@ -1,9 +1,11 @@
 """Work on the many files of a prepared set: in parallel, and none may be missing."""
 
+import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from etils import epath
 
@@ -15,6 +17,33 @@ _NUM_THREADS = 32
 _SECONDS_UNTIL_PROGRESS_SHOWS = 2
 
 Result = TypeVar("Result")
+
+
+class FileStatus(NamedTuple):
+    """What is known of a file without reading it."""
+
+    size: int  # bytes
+    mtime: float  # seconds
+
+
+def file_status(path: epath.PathLike) -> FileStatus:
+    """Looks at a file, which must be a plain one: others may be waited for for ever.
+
+    Args:
+      path: a local path, or any other that `etils.epath` knows, such as a bucket's.
+
+    Raises:
+      DataError: if it is a folder, a device or the like.
+      FileNotFoundError: if there is no such file.
+    """
+    if "://" in os.fspath(path):
+        remote = epath.Path(path).stat()
+        return FileStatus(remote.length, remote.mtime)
+    # Etils would ask for the name of the file's owner, who may have none.
+    local = os.stat(path)
+    if not stat.S_ISREG(local.st_mode):
+        raise DataError(f"{path} is no plain file; copy it again")
+    return FileStatus(local.st_size, local.st_mtime)
 
 
 def map_files(

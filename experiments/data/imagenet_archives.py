@@ -1,6 +1,8 @@
 """The two archives that ImageNet 2012 comes in: what they hold, and whether they do."""
 
 import contextlib
+import io
+import math
 import re
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
@@ -23,6 +25,7 @@ VALIDATION = Archive("ILSVRC2012_img_val.tar", 6_744_924_160, 50_000)
 
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _MAX_LISTED = 20
+_MAX_IMAGE_BYTES = 2**26  # photographs take a fraction
 
 
 class ArchivedImage(NamedTuple):
@@ -94,7 +97,7 @@ def read_train(
     with _naming(path):
         for archive_name, archive in _read_tar(file):
             label = _class_of(path, archive_name, classes)
-            for file_name, image in _read_tar(archive):
+            for file_name, image in _read_tar(archive, _MAX_IMAGE_BYTES):
                 yield ArchivedImage(file_name, label, image.read())
 
 
@@ -112,19 +115,62 @@ def read_validation(
       DataError: if the archive is damaged, or holds something else.
     """
     with _naming(path):
-        for file_name, image in _read_tar(file):
+        for file_name, image in _read_tar(file, _MAX_IMAGE_BYTES):
             number = _validation_number(path, file_name)
             if not 1 <= number <= len(labels):
                 raise _damaged(path, f"its image {file_name} has no known label")
             yield ArchivedImage(file_name, labels[number - 1], image.read())
 
 
-def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the name, without directories, and the content of each file in a tar."""
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+class _Bounded:
+    """An archive from which tarfile reads no more than it has, nor much at once."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.size = file.seek(0, io.SEEK_END)
+        self.tell, self.seekable = file.tell, file.seekable
+        self._file = file
+        file.seek(0)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_IMAGE_BYTES:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        if not 0 <= position <= self.size:
+            raise tarfile.ReadError(f"a header claims a place at byte {position:,}")
+        return self._file.seek(position)
+
+
+def _read_tar(
+    file: IO[bytes], most: float = math.inf
+) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yields the name, without directories, and the content of each file in a tar.
+
+    Args:
+      file: the archive.
+      most: bytes that a file may have.
+
+    Raises:
+      tarfile.TarError: if there is anything else but files and folders, or a file that
+        is not there whole, is too large, or has a name that no file should have.
+    """
+    bounded = _Bounded(file)
+    # An IO as far as tarfile goes.
+    with tarfile.open(fileobj=bounded, mode="r:") as archive:  # type: ignore[call-overload]
         for member in archive:
-            if content := archive.extractfile(member):
-                yield PurePosixPath(member.name).name, content
+            if not member.name.isprintable():
+                raise tarfile.ReadError(f"its member {member.name!a} has no plain name")
+            if member.isdir():
+                continue
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is None or member.issparse():
+                raise tarfile.ReadError(f"its member {member.name} is no plain file")
+            if not 0 <= member.size <= min(most, bounded.size - member.offset_data):
+                raise tarfile.ReadError(
+                    f"its member {member.name} claims {member.size:,} bytes"
+                )
+            yield PurePosixPath(member.name).name, content
         # To tarfile a damaged header is the archive's end, which is a block of zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -136,7 +182,10 @@ def _naming(path: Path) -> Iterator[None]:
     """Names the archive in which tarfile met an error."""
     try:
         yield
-    except tarfile.TarError as error:
+    except (DataError, OSError):
+        raise
+    # Beside errors of its own, tarfile raises whatever a header happens to break.
+    except Exception as error:
         raise _damaged(path, first_line(error)) from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -103,7 +102,7 @@ def _read_archives(
     with progress_bar(megabytes, 0, "MB read") as bar:
         for path, (split, source) in zip(paths, sources.items(), strict=True):
             unsorted = directory / f"unsorted-{split}"
-            unsorted.mkdir()
+            unsorted.mkdir(mode=0o700)  # what is written there is taken at its word
             with path.open("rb") as file:
                 images = _show_position(source.read(path, file), file, bar)
                 written = distribute(_to_records(split, images), unsorted)
@@ -132,7 +131,8 @@ def _to_records(
     for image in images:
         # The key that TFDS orders examples by.
         key = hashlib.md5(f"{split}{image.file_name}".encode()).digest()
-        yield key, pickle.dumps(tuple(image))
+        names = [image.file_name.encode(), image.label.encode()]  # printable
+        yield key, b"\0".join([*names, image.content])
 
 
 def _divide(unsorted: Path, num_images: int, num_bytes: int) -> list[_Shard]:
@@ -150,7 +150,13 @@ def _divide(unsorted: Path, num_images: int, num_bytes: int) -> list[_Shard]:
 
 def _sorted_examples(unsorted: Path, num_images: int) -> _Examples:
     with progress_bar(num_images, 0, "images written") as bar:
-        for record in collect(unsorted):
-            file_name, label, content = pickle.loads(record)
+        for record in collect(unsorted, num_images):
+            try:
+                name, class_name, content = record.split(b"\0", 2)
+                file_name, label = name.decode(), class_name.decode()
+            except ValueError:
+                raise DataError(
+                    f"the temporary files in {unsorted} were changed; start again"
+                ) from None
             yield file_name, {"image": content, "label": label, "file_name": file_name}
             bar.update()

@@ -8,12 +8,16 @@ ever downloaded, and TensorFlow is not needed.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+import io
+import json
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from experiments.data.errors import DataError, first_line
+from experiments.data.errors import DataError, first_line, printable
+from experiments.data.files import file_status
 from experiments.data.records import FILE_FORMATS, Records
 from experiments.data.splits import UndecodableError
 
@@ -22,6 +26,19 @@ if TYPE_CHECKING:
 
 _FILE_NAME_KEY = "file_name"
 _RECORDS_LOOKED_AT = 10  # to tell whether a split has labels
+
+# What metadata may claim: more than any set has, and little enough to go on with.
+_MAX_METADATA_BYTES = 2**24
+_MAX_SHARDS = 10**5  # file names have five digits for them
+_MAX_NAME = 255  # letters of a file's name
+_MAX_CLASSES = 10**6
+_MAX_SIDE = 2**16  # of images of a fixed shape, in pixels
+_CHANNELS = (1, 3, 4)
+
+# Where features.json has names of Python classes, whose modules TFDS imports: in
+# spellings of the protocol buffer, and as earlier versions of TFDS had it.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_CLASSES_OF_TFDS = "tensorflow_datasets.core.features."
 
 
 class Features(NamedTuple):
@@ -60,9 +77,13 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
     if not tfds.core.naming.is_valid_dataset_name(name):
         raise _not_prepared(name, directory)
     try:
-        info = tfds.core.read_only_builder.builder_from_files(
-            name, data_dir=directory
-        ).info
+        _check_before_parsing(directory / _directory_name(name))
+        # TFDS prints a banner over several lines where it would need TensorFlow.
+        with contextlib.redirect_stdout(io.StringIO()):
+            info = tfds.core.read_only_builder.builder_from_files(
+                name, data_dir=directory
+            ).info
+        _check_claims(info)
     except tfds.core.DatasetNotFoundError:
         raise _not_prepared(name, directory) from None
     # Damaged metadata surfaces as one of many types: of JSON, protobuf and TFDS.
@@ -79,6 +100,72 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
             "file_format='array_record'"
         )
     return info
+
+
+def _directory_name(name: str) -> str:
+    """The folder of a set's configurations and versions, as TFDS takes its name."""
+    import tensorflow_datasets as tfds
+
+    parsed, _ = tfds.core.naming.parse_builder_name_kwargs(name)
+    return str(parsed.name)
+
+
+def _check_before_parsing(directory: epath.Path) -> None:
+    """Looks at the metadata of all versions for what TFDS should not even read.
+
+    Raises:
+      ValueError: something else than a file would be waited for, more would be read
+        than metadata take, or the code of others would be run.
+    """
+    versions = [
+        path.parent
+        for depth in ("*", "*/*")
+        for path in directory.glob(f"{depth}/features.json")
+    ]
+    for version in versions:
+        for path in version.iterdir():
+            if path.suffix not in (".json", ".txt"):
+                continue
+            if (size := file_status(path).size) > _MAX_METADATA_BYTES:
+                raise ValueError(f"{path} has {size:,} bytes")
+        path = version / "features.json"
+        for class_name in _class_names(json.loads(path.read_text())):
+            if not str(class_name).startswith(_CLASSES_OF_TFDS):
+                raise ValueError(f"{path} names {class_name!r}, no feature of TFDS")
+
+
+def _class_names(content: Any) -> list[Any]:
+    """All names of classes in a JSON value, and in JSON that it holds as text."""
+    if isinstance(content, list):
+        return [name for entry in content for name in _class_names(entry)]
+    if not isinstance(content, dict):
+        return []
+    names = []
+    for key, value in content.items():
+        if key == "json" and isinstance(value, str):
+            names += _class_names(json.loads(value))
+        elif key in _CLASS_KEYS and not isinstance(value, dict | list):
+            names.append(value)
+        else:
+            names += _class_names(value)
+    return names
+
+
+def _check_claims(info: tfds.core.DatasetInfo) -> None:
+    """Raises ValueError where metadata claim what no set has."""
+    for name, split in info.splits.items():
+        lengths = split.shard_lengths
+        if len(lengths) > _MAX_SHARDS or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"split {name} is said to have {len(lengths)} files, the smallest of "
+                f"{min(lengths)} examples"
+            )
+        for path in split.filepaths:
+            directory, _, file_name = os.fspath(path).rpartition("/")
+            if directory != os.fspath(info.data_dir).rstrip("/"):
+                raise ValueError(f"split {name} is said to lie elsewhere, in {path}")
+            if len(file_name) > _MAX_NAME or not file_name.isprintable():
+                raise ValueError(f"split {name} is said to lie in {file_name!a}")
 
 
 def data_directory(data_dir: str | None) -> epath.Path:
@@ -124,6 +211,18 @@ def choose_features(name: str, info: tfds.core.DatasetInfo) -> Features:
         raise DataError(
             f"data set {name!r} has images of type {np.dtype(image.np_dtype)}: "
             "expected uint8; choose another set"
+        )
+    if not (
+        len(image.shape) == 3
+        and all(side is None or 0 < side <= _MAX_SIDE for side in image.shape[:2])
+        and image.shape[2] in _CHANNELS
+        and 0 < (label.num_classes or 0) <= _MAX_CLASSES
+    ):
+        raise DataError(
+            f"data set {name!r} has images of the shape {image.shape} and "
+            f"{label.num_classes} classes: expected at most {_MAX_SIDE:,} pixels a "
+            f"side, {' or '.join(map(str, _CHANNELS))} channels, and at most "
+            f"{_MAX_CLASSES:,} classes; choose another set"
         )
     return Features(
         image_key=images[0],
@@ -175,7 +274,7 @@ def parse_example(record: bytes, features: Features) -> EncodedExample:
             f"it has no {features.image_key} or no {features.label_key}"
         ) from None
     file_name = b"".join(fields[_FILE_NAME_KEY].bytes_list.value)
-    return EncodedExample(image, label, file_name.decode(errors="replace"))
+    return EncodedExample(image, label, printable(file_name.decode(errors="replace")))
 
 
 def _has_labels(

@@ -2,11 +2,13 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.data.errors import DataError
+from experiments.running.new_files import open_lock
 
 
 @contextlib.contextmanager
@@ -21,7 +23,7 @@ def temporary_directory(path: Path, name: str) -> Iterator[None]:
     Raises:
       DataError: another process is at work there.
     """
-    with path.with_name(".lock").open("w") as lock:
+    with open_lock(path.with_name(".lock")) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -30,6 +32,8 @@ def temporary_directory(path: Path, name: str) -> Iterator[None]:
                 "it, or choose another --data_dir"
             ) from None
         shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(path):
+            raise DataError(f"{path} is in the way; remove it")
         try:
             yield
         finally:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from etils import epath
 
+from experiments.data.decoding import image_size
 from experiments.data.errors import DataError
 from experiments.data.image_set import ImageSet
 from experiments.data.metadata import (
     Features,
     choose_features,
     choose_splits,
+    parse_example,
     read_info,
 )
 from experiments.data.records import read_file
+from experiments.data.splits import UndecodableError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -96,8 +99,12 @@ def _read_split(
             read_file(path, length, info.file_format.value)
         ):
             try:
+                # TFDS decodes whatever a header claims, and looks at the shape then.
+                image_size(parse_example(record, features).image)
                 example = decoder.deserialize_example_np(record)
                 image, label = example[features.image_key], example[features.label_key]
+            except UndecodableError as error:
+                raise _bad_example(path, number, str(error)) from None
             # Protobuf, TFDS and the library that decodes images, whichever TFDS takes,
             # each raise exceptions of their own, some of which say nothing to a user.
             except Exception as error:

@@ -9,7 +9,7 @@ import google_crc32c
 import numpy as np
 
 from experiments.data.crops import evaluation_crops, training_crop
-from experiments.data.decoding import decode
+from experiments.data.decoding import decode, image_size
 from experiments.data.file_feed import first_decodable
 from experiments.data.metadata import (
     Features,
@@ -109,7 +109,16 @@ class _PreparedSplit:
         )
 
     def _whole(self, index: int) -> Example:
-        return self._make(index, decode)
+        return self._make(index, self._decode_to_shape)
+
+    def _decode_to_shape(self, encoded: bytes) -> np.ndarray:
+        size, expected = image_size(encoded), self._features.image_shape[:2]
+        if size != expected:
+            raise UndecodableError(
+                f"it has {size[0]}x{size[1]} pixels, expected "
+                f"{expected[0]}x{expected[1]} as its features.json says"
+            )
+        return decode(encoded)
 
     def training_example(self, index: int, random: np.random.Generator) -> Example:
         return self._make(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from experiments.data.errors import DataError, first_line
-from experiments.data.files import map_files, missing_file
+from experiments.data.files import file_status, map_files, missing_file
 from experiments.data.splits import UndecodableError
 from experiments.data.tfrecord import read_record_at, read_records
 from experiments.data.tfrecord_index import load_offsets
@@ -98,6 +98,7 @@ def read_file(path: epath.Path, length: int, file_format: str) -> list[bytes]:
     if file_format == "tfrecord":
         records = list(read_records(path))
     else:
+        file_status(path)
         reader = _open_array_record(path)
         try:
             records = reader.read_all()
@@ -112,12 +113,13 @@ class _TFRecords:
 
     def __init__(self, paths: Sequence[epath.Path], lengths: Sequence[int]) -> None:
         self._paths = paths
-        self._offsets = load_offsets(paths)
+        self._offsets = load_offsets(paths, lengths)
         for path, found, length in zip(paths, self._offsets, lengths, strict=True):
             check_length(path, len(found) - 1, length)
 
     def __call__(self, file: int, number: int) -> bytes:
-        return read_record_at(self._paths[file], int(self._offsets[file][number]))
+        start, end = self._offsets[file][number : number + 2].tolist()
+        return read_record_at(self._paths[file], start, end)
 
 
 class _ArrayRecords:
@@ -125,7 +127,7 @@ class _ArrayRecords:
 
     def __init__(self, paths: Sequence[epath.Path], lengths: Sequence[int]) -> None:
         def count(path: epath.Path) -> int:
-            path.stat()  # FileNotFoundError: the reader takes it for an empty file
+            file_status(path)  # to array_record, a missing file is an empty one
             return _open_array_record(path).num_records()
 
         self._paths = paths

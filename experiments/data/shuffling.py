@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.data.errors import DataError
 from experiments.data.tfrecord import frame, read_records
 
 # A 256th of the records, and what waits to be written, must fit in memory.
@@ -42,22 +43,38 @@ def distribute(records: Iterable[tuple[bytes, bytes]], directory: Path) -> Distr
     return Distributed(num_records, num_bytes)
 
 
-def collect(directory: Path) -> Iterator[bytes]:
+def collect(directory: Path, num_records: int) -> Iterator[bytes]:
     """Yields the records that `distribute` wrote, ordered by key, and deletes them.
 
     Each file goes when it has been read, so that what the caller writes meanwhile
     takes little space in addition; the directory goes with the last.
 
+    Args:
+      directory: the one that `distribute` wrote to.
+      num_records: how many it wrote.
+
     Raises:
-      DataError: if a file was damaged meanwhile.
+      DataError: if a file was damaged meanwhile, or records were added or taken away;
+        or if two have the same key.
     """
     paths = sorted(directory.iterdir())
+    last_key, left = b"", num_records
     for path in paths:
         records = sorted(read_records(path))
+        left -= len(records)
         path.unlink()
         if path == paths[-1]:
             directory.rmdir()
+            if left:
+                raise DataError(
+                    f"the temporary files in {directory} hold {num_records - left:,} "
+                    f"records, not the {num_records:,} that were written; start again"
+                )
         for record in records:
+            key = record[:KEY_BYTES]
+            if key == last_key:
+                raise DataError("two records have the same key: expected one of each")
+            last_key = key
             yield record[KEY_BYTES:]
 
 

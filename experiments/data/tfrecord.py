@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from experiments.data.errors import DataError
+from experiments.data.files import file_status
 from experiments.data.splits import UndecodableError
 
 _HEADER = struct.Struct("<QI")  # length of the data, masked checksum of the length
@@ -38,16 +39,16 @@ def read_records(path: epath.PathLike) -> Iterator[bytes]:
       DataError: if the file ends within a record or a checksum does not match.
       FileNotFoundError: if there is no such file.
     """
+    left = file_status(path).size
     with epath.Path(path).open("rb") as file:
         number = 0
-        while True:
+        while left:
             try:
-                record = _read_record(file)
+                record = _read_record(file, left)
             except _DamagedError as error:
                 raise DataError(_describe(path, number, error)) from None
-            if record is None:
-                return
             yield record
+            left -= framed_size(len(record))
             number += 1
 
 
@@ -65,42 +66,51 @@ def find_offsets(path: epath.PathLike) -> np.ndarray:
         match. The checksums of the data are not looked at.
       FileNotFoundError: if there is no such file.
     """
-    path = epath.Path(path)
-    size = path.stat().length
+    size = file_status(path).size
     offsets = [0]
-    with path.open("rb") as file:
+    with epath.Path(path).open("rb") as file:
         try:
-            while (length := _read_length(file)) is not None:
-                end = offsets[-1] + _HEADER.size + length + _FOOTER.size
-                if end > size:
-                    raise _ends_within(length)
-                offsets.append(end)
-                file.seek(end)
+            while (start := offsets[-1]) < size:
+                file.seek(start)
+                length = _read_length(file, size - start)
+                offsets.append(start + framed_size(length))
         except _DamagedError as error:
             raise DataError(_describe(path, len(offsets) - 1, error)) from None
     return np.array(offsets, np.int64)
 
 
-def read_record_at(path: epath.PathLike, offset: int) -> bytes:
+def read_record_at(path: epath.PathLike, start: int, end: int) -> bytes:
     """Reads one record, with its checksums checked.
 
     Args:
       path: as in `read_records`.
-      offset: the first byte of the record's frame.
+      start: the first byte of the record's frame.
+      end: the first byte after it.
 
     Raises:
       UndecodableError: if the record is damaged; the message says how, not where.
+      DataError: if a sound record is there that ends elsewhere: the places are wrong.
       FileNotFoundError: if there is no such file.
     """
     with epath.Path(path).open("rb") as file:
-        file.seek(offset)
+        file.seek(start)
         try:
-            record = _read_record(file)
-            if record is None:
-                raise _DamagedError("the file ends before it")
+            record = _read_record(file, end - start)
         except _DamagedError as error:
             raise UndecodableError(str(error)) from None
+    if framed_size(len(record)) != end - start:
+        raise DataError(
+            f"TFRECORD file {path} has a record from byte {start} to "
+            f"{start + framed_size(len(record))}, where its index says {end}: the file "
+            "or the index was changed; start again after removing the index, a file of "
+            "the folder bn_jax/tfrecord_index in ~/.cache or $XDG_CACHE_HOME"
+        )
     return record
+
+
+def framed_size(length: int) -> int:
+    """The bytes that a record of so many takes in a file."""
+    return _HEADER.size + length + _FOOTER.size
 
 
 def frame(record: bytes) -> bytes:
@@ -110,26 +120,24 @@ def frame(record: bytes) -> bytes:
     return header + record + _FOOTER.pack(_masked_crc32c(record))
 
 
-def _read_length(file: IO[bytes]) -> int | None:
-    """Returns the length of the next record's data, or None at the file's end."""
+def _read_length(file: IO[bytes], left: int) -> int:
+    """Returns the length of the next record's data, in a file of so many bytes more."""
     header = file.read(_HEADER.size)
-    if not header:
-        return None
     if len(header) < _HEADER.size:
         raise _DamagedError("the file ends within its length")
     length: int
     length, checksum = _HEADER.unpack(header)
-    # A wrong length could ask for any amount of memory.
     if _masked_crc32c(header[:_LENGTH_BYTES]) != checksum:
         raise _DamagedError("the checksum of its length is wrong")
+    # Whatever the checksum, a wrong length could ask for any amount of memory.
+    if framed_size(length) > left:
+        raise _ends_within(length)
     return length
 
 
-def _read_record(file: IO[bytes]) -> bytes | None:
-    """Returns the data of the next record, or None at the file's end."""
-    length = _read_length(file)
-    if length is None:
-        return None
+def _read_record(file: IO[bytes], left: int) -> bytes:
+    """Returns the data of the next record, in a file of so many bytes more."""
+    length = _read_length(file, left)
     data = file.read(length)
     footer = file.read(_FOOTER.size)
     if len(data) < length or len(footer) < _FOOTER.size:

@@ -1,7 +1,10 @@
 """Several processes that train together, each on the devices of its own machine."""
 
 import contextlib
+import ipaddress
 import json
+import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -61,7 +64,7 @@ def start(
     if mode == "off":
         return
     host = (address.coordinator or "").rpartition(":")[0]
-    far = host not in ("localhost", "127.0.0.1", "[::1]")
+    far = not _is_near(host)
     wait = start_seconds or START_SECONDS[far]
     silence = silence_seconds or SILENCE_SECONDS[far]
     if given:
@@ -76,6 +79,7 @@ def start(
     try:
         jax.distributed.initialize(
             *address,
+            coordinator_bind_address=_bind_address(address),
             initialization_timeout=wait,
             heartbeat_timeout_seconds=silence,
             shutdown_timeout_seconds=silence,
@@ -97,6 +101,41 @@ def start(
             f"{devices} devices: expected as many for each of {jax.process_count()} "
             "processes."
         )
+
+
+def _bind_address(address: Address) -> str | None:
+    """Where process 0 listens: at the address that the others were given, alone.
+
+    Whoever reaches its port can take a process's place.
+
+    Returns:
+      None, for JAX's default (all the machine's addresses, or what the variable says),
+      where none was given, and where the one that was leads to this machine by other
+      ways than an address of its own: a forwarded port, or a name that stands for the
+      loopback here and for this machine elsewhere.
+    """
+    if address.coordinator is None or address.process_id != 0:
+        return None
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return None
+    host = address.coordinator.rpartition(":")[0]
+    for family, kind, protocol, _, place in socket.getaddrinfo(
+        host.strip("[]"), 0, type=socket.SOCK_STREAM
+    ):
+        loopback = ipaddress.ip_address(place[0]).is_loopback
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as s:
+            s.bind(place)
+            if not loopback or _is_near(host):
+                return address.coordinator
+    print(
+        f"No address of this machine is {host}: process 0 listens at all of them.",
+        flush=True,
+    )
+    return None
+
+
+def _is_near(host: str) -> bool:
+    return host in ("localhost", "127.0.0.1", "[::1]")
 
 
 def _check_address(mode: str, address: Address) -> None:

@@ -12,7 +12,12 @@ import jax
 from experiments.configuration.fields import Configuration, as_json
 from experiments.distributed import processes
 from experiments.distributed.processes import ProcessesError
-from experiments.running.workdir import WorkdirError, check_same_config, open_workdir
+from experiments.running.workdir import (
+    WorkdirError,
+    check_same_config,
+    open_workdir,
+    write_whole,
+)
 
 # What a process that fails leaves there for those that notice its absence.
 FAILURE_FILE = ".failure.json"
@@ -101,6 +106,6 @@ def _explain(error: Exception, workdir: Path) -> ProcessesError | None:
     note = {"process": jax.process_index(), "error": f"{error or type(error).__name__}"}
     with contextlib.suppress(OSError):
         partial = path.with_name(f"{path.name}.{jax.process_index()}")
-        partial.write_text(json.dumps(note))
+        write_whole(partial, json.dumps(note))
         partial.replace(path)
     return None

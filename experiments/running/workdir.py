@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from experiments.configuration.fields import Configuration, as_json
 from experiments.running import sealed
+from experiments.running.new_files import open_lock, whole_file
 
 
 class WorkdirError(RuntimeError):
@@ -36,8 +37,7 @@ def open_workdir(
     with contextlib.ExitStack() as locks:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            file = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-            locks.callback(os.close, file)
+            file = locks.enter_context(open_lock(workdir / ".lock"))
             # Beside the file, which somebody may delete.
             folder = os.open(workdir, os.O_RDONLY)
             locks.callback(os.close, folder)
@@ -77,12 +77,8 @@ def is_same_file(file: TextIO, path: Path) -> bool:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed run, never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

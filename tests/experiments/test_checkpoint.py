@@ -221,6 +221,31 @@ def test_the_command(copied, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_has_seen_enough(copied):
+    """As `| head` closes the pipe."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.checkpoint", "inspect", str(copied)],
+        cwd=REPOSITORY,
+        env=command_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("place", ["network.npz", "network.npz.partial"])
+def test_export_overwrites_no_target_of_a_link(copied, tmp_path, place):
+    precious = tmp_path / "precious"
+    precious.write_text("somebody's")
+    (tmp_path / place).symlink_to(precious)
+    assert exported(copied, tmp_path / "network.npz")
+    assert precious.read_text() == "somebody's"
+    assert not (tmp_path / "network.npz").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

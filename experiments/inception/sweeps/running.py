@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple
 
 from experiments.configuration.fields import ConfigError
 from experiments.distributed.progress import progress_bar
 from experiments.inception import config as configuration
 from experiments.inception.sweeps.table import Sweep
 from experiments.running.metrics import read_rows
+from experiments.running.new_files import create
 from experiments.running.workdir import WorkdirError
 
 SECONDS_PER_LOOK = 1.0  # at what the runs have reached
@@ -141,7 +142,7 @@ def _run_tasks(
 ) -> list[_Task]:
     """Keeps every place busy with a task; returns the tasks that failed."""
     waiting, failed = list(tasks), []
-    running: dict[int, tuple[_Task, subprocess.Popen[bytes], TextIO]] = {}
+    running: dict[int, tuple[_Task, subprocess.Popen[bytes], IO[bytes]]] = {}
     total = sum(task.num_steps for task in tasks)
     done = {task.folder: _steps_done(task) for task in tasks}
     with progress_bar(total, sum(done.values()), "step") as bar:
@@ -173,8 +174,8 @@ def _run_tasks(
 
 def _start(
     task: _Task, cores: list[int], environment: dict[str, str]
-) -> tuple[_Task, subprocess.Popen[bytes], TextIO]:
-    log = _log(task).open("w")
+) -> tuple[_Task, subprocess.Popen[bytes], IO[bytes]]:
+    log = create(_log(task))
     process = subprocess.Popen(
         task.command,
         # Unbuffered, so that in the log an error comes after what was printed before.

@@ -18,6 +18,10 @@ def record(message: str, file: str) -> logging.LogRecord:
 
 
 FUTURE = "Future exception was never retrieved\nfuture: <Future finished exception=...>"
+WRAPPED = (
+    "Task exception was never retrieved\nfuture: <Task coro=<_wrap_awaitable() done, "
+    "defined at /python/asyncio/tasks.py:687> exception=ValueError('DATA_LOSS: ... {}')"
+)
 TASK = "Task exception was never retrieved\nfuture: <Task coro=<{}.write() done ...>"
 
 
@@ -28,6 +32,9 @@ TASK = "Task exception was never retrieved\nfuture: <Task coro=<{}.write() done 
         (FUTURE, "/packages/other/path.py", True),
         (TASK.format("orbax.checkpoint"), "/packages/other/path.py", False),
         (TASK.format("other"), "/packages/other/path.py", True),
+        (WRAPPED.format("[tensorstore_spec="), "/python/asyncio/tasks.py", False),
+        (WRAPPED.format("in OCDBT database"), "/python/asyncio/tasks.py", False),
+        (WRAPPED.format("of another library"), "/python/asyncio/tasks.py", True),
         ("Executing took 0.3 seconds", "/packages/orbax/checkpoint/path.py", True),
     ],
 )

@@ -199,9 +199,16 @@ def test_stray_bytes_between_segments_are_skipped(stray):
 
 def resized(encoded: bytes, height: int, width: int) -> bytes:
     """A JPEG whose header says another size."""
-    frame = encoded.index(b"\xff\xc0") + 5
+    progressive = b"\xff\xc2" in encoded
+    frame = encoded.index(b"\xff\xc2" if progressive else b"\xff\xc0") + 5
     size = height.to_bytes(2) + width.to_bytes(2)
     return encoded[:frame] + size + encoded[frame + 4 :]
+
+
+def with_scans(encoded: bytes, number: int) -> bytes:
+    """A JPEG with so many scans, of which the last ones are empty."""
+    missing = number - encoded.count(b"\xff\xda")
+    return encoded[:-2] + b"\xff\xda" * missing + encoded[-2:]
 
 
 @pytest.mark.parametrize(
@@ -211,11 +218,18 @@ def resized(encoded: bytes, height: int, width: int) -> bytes:
         (b"<html>404</html>", "neither a JPEG nor a PNG: 16 bytes that begin with"),
         (encode(RGB, "bmp"), "neither a JPEG nor a PNG"),
         (resized(BASELINE, 0, 90), "0x90 pixels"),
-        (resized(BASELINE, 65500, 65500), "OpenCV cannot decode it: "),
+        (resized(BASELINE, 8193, 8192), "8193x8192 pixels: expected at most 67,108,8"),
+        (resized(BASELINE, 65500, 65500), "65500x65500 pixels: expected at most"),
+        (with_scans(resized(PROGRESSIVE, 8000, 8000), 17), "in all of its 17 scans"),
+        (resized(BASELINE, 1, 101), "at most 100 times the shorter"),
+        (resized(BASELINE, 909, 9), "at most 100 times the shorter"),
         (PNG[:60] + bytes(40) + PNG[100:], "content is malformed"),
         (BASELINE.replace(b"\xff\xdb", b"\xff\xfe"), "content is malformed"),
     ],
-    ids=["empty", "text", "bmp", "no height", "huge", "png", "no tables"],
+    ids=[
+        *("empty", "text", "bmp", "no height", "too many pixels", "huge", "scans"),
+        *("wide", "high", "png", "no tables"),
+    ],
 )
 def test_undecodable(encoded, reason):
     with pytest.raises(UndecodableError, match=reason) as raised:

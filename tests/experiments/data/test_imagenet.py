@@ -204,11 +204,11 @@ def test_failure_leaves_nothing(own_archives, data_dir):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
 def test_interruption_leaves_nothing(archives, data_dir, monkeypatch, error):
-    def interrupt(records):
+    def interrupt(*_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet_builder.pickle, "loads", interrupt)
+        patch.setattr(imagenet_builder, "collect", interrupt)
         with pytest.raises(type(error) if isinstance(error, OSError) else error):
             prepare_part(archives, data_dir)
     assert list(read_files(data_dir)) == ["imagenet2012/.lock"]

@@ -310,7 +310,7 @@ def test_another_number_of_examples_than_declared(copied_dir, version_dir, train
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"image": b"no picture"}, "it cannot be decoded"),
+        ({"image": b"no picture"}, "neither a JPEG nor a PNG"),
         ({"image": (6, 4, 3)}, r"shape is \(6, 4, 3\)"),
         ({"image": (6, 5, 4)}, r"shape is \(6, 5, 4\)"),
         ({"label": -1}, "its label is -1"),

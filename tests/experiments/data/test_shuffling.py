@@ -25,7 +25,7 @@ def test_records_come_in_the_order_of_their_keys(
     directory.mkdir()
     written = distribute(iter(keyed(RECORDS)), directory)
     assert written == (500, sum(map(len, RECORDS)))
-    assert list(collect(directory)) == [
+    assert list(collect(directory, 500)) == [
         record for _, record in sorted(keyed(RECORDS), key=lambda pair: pair[0])
     ]
     assert not directory.exists()
@@ -35,7 +35,7 @@ def test_files_go_as_they_are_read(tmp_path):
     distribute(keyed(RECORDS), tmp_path)
     total = len(list(tmp_path.iterdir()))
     assert total > 200
-    found = collect(tmp_path)
+    found = collect(tmp_path, 500)
     for _ in range(250):
         next(found)
     left = len(list(tmp_path.iterdir()))
@@ -44,7 +44,7 @@ def test_files_go_as_they_are_read(tmp_path):
 
 def test_nothing_to_shuffle(tmp_path):
     assert distribute([], tmp_path) == (0, 0)
-    assert list(collect(tmp_path)) == []
+    assert list(collect(tmp_path, 0)) == []
 
 
 def test_damage_on_the_disk_is_noticed(tmp_path):
@@ -54,4 +54,4 @@ def test_damage_on_the_disk_is_noticed(tmp_path):
     content[20] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=str(path)):
-        list(collect(tmp_path))
+        list(collect(tmp_path, 500))

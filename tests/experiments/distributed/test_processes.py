@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 
@@ -94,6 +95,43 @@ def test_patience(host, given, expected, monkeypatch, capsys):
     assert shutdown == silence
     expected_line = f"Process 1 of 2 waits up to {wait} s (--start_seconds)"
     assert expected_line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "process", "resolved", "bound"),
+    [
+        ("localhost", 0, "127.0.0.1", True),
+        ("127.0.0.1", 0, "127.0.0.1", True),
+        ("localhost", 1, "127.0.0.1", False),  # it listens nowhere
+        ("node0", 0, "127.0.1.1", False),  # as Debian has its own name
+        ("balancer", 0, "192.0.2.1", False),  # of no machine
+    ],
+)
+def test_process_0_listens_at_the_address_given_if_it_has_it(
+    host, process, resolved, bound, monkeypatch, capsys
+):
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    place = (socket.AF_INET, socket.SOCK_STREAM, 0, "", (resolved, 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [place])
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **options: calls.append(options)
+    )
+    address = f"{host}:1234"
+    start("on", Address(address, 2, process))
+    assert calls[0]["coordinator_bind_address"] == (address if bound else None)
+    everywhere = f"No address of this machine is {host}" in capsys.readouterr().out
+    assert everywhere == (process == 0 and not bound)
+
+
+def test_a_variable_says_where_process_0_listens(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:1")
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **options: calls.append(options)
+    )
+    start("on", Address("localhost:1234", 2, 0))
+    assert calls[0]["coordinator_bind_address"] is None
 
 
 def test_alone_together_is_a_call():

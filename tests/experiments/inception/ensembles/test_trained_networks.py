@@ -57,7 +57,7 @@ def load(*folders: Path, statistics: str = POPULATION) -> list[Network]:
 def restore(network: Network, folder: Path) -> tuple[int, object]:
     """The newest state in a folder, by way of a state that was really made."""
     state = network.experiment.initial_state()
-    step, states = restore_newest(folder, {NETWORK: state})
+    step, states, _ = restore_newest(folder, {NETWORK: state})
     return step, states[NETWORK]
 
 
