@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _FILE_NAME_KEY = "file_name"
+_DEFAULTS_FOLDER = ".config"  # beside the versions: which configuration is meant
 _RECORDS_LOOKED_AT = 10  # to tell whether a split has labels
 
 # What metadata may claim: more than any set has, and little enough to go on with.
@@ -122,12 +123,13 @@ def _check_before_parsing(directory: epath.Path) -> None:
         for depth in ("*", "*/*")
         for path in directory.glob(f"{depth}/features.json")
     ]
-    for version in versions:
-        for path in version.iterdir():
+    for folder in (*versions, directory / _DEFAULTS_FOLDER):
+        for path in folder.glob("*"):
             if path.suffix not in (".json", ".txt"):
                 continue
             if (size := file_status(path).size) > _MAX_METADATA_BYTES:
                 raise ValueError(f"{path} has {size:,} bytes")
+    for version in versions:
         path = version / "features.json"
         for class_name in _class_names(json.loads(path.read_text())):
             if not str(class_name).startswith(_CLASSES_OF_TFDS):

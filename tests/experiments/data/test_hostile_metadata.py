@@ -188,10 +188,13 @@ def test_code_of_others_is_not_run(changed_set, put, monkeypatch):
     assert not (changed_set / "was_run").exists()
 
 
-@pytest.mark.parametrize("file", [*FILES, "label.labels.txt"])
+@pytest.mark.parametrize(
+    "file", [*FILES, "label.labels.txt", "../.config/metadata.json"]
+)
 @pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
 def test_what_is_no_file_or_too_large_is_not_opened(changed_set, file, kind):
     path = version_of(changed_set) / file
+    path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
