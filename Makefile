@@ -10,7 +10,7 @@ sources := pyproject.toml bn_jax/__init__.py
 
 .PHONY: mnist test test-core test-slow lint types benchmarks
 
-mnist: $(environment)/installed
+mnist: $(environment)/installed-experiments
 	$(run) -m experiments.mnist
 
 test: $(environment)/installed-test
@@ -38,10 +38,6 @@ $(environment):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(run) -m pip install --quiet --upgrade pip
 	mkdir $@
-
-$(environment)/installed: $(sources) | $(environment)
-	$(run) -m pip install --quiet --editable .
-	touch $@
 
 $(environment)/installed-%: $(sources) | $(environment)
 	$(run) -m pip install --quiet --editable '.[$*]'
