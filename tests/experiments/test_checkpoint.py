@@ -161,7 +161,7 @@ def test_export_of_the_folded_network(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("output", [None, "network", "network.h5"])
 def test_other_endings_are_refused(copied, output):
-    with pytest.raises(ConfigError, match=r"ends with \.npz or \.safetensors"):
+    with pytest.raises(ConfigError, match=r"with \.npz, \.safetensors or \.sta"):
         export.export(copied, "newest", output, None, False)
 
 
