@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mnist.config import get_config
+from experiments.batch_size import config as batch_size_config
+from experiments.inception import config as inception_config
+from experiments.mnist import config as mnist_config
 from experiments.mnist.training import run
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 # A run of `make mnist`, in seconds: what pages load that name runs/mnist.
 SHORT = {
     **{"num_steps": 20, "batch_size": 64, "eval_every": 20, "early_steps": 0},
@@ -41,7 +44,8 @@ def needs_run(page: str) -> bool:
 def folder_with_run(tmp_path_factory):
     """A folder that `make mnist` was called in."""
     folder = tmp_path_factory.mktemp("mnist")
-    run(get_config().to_dict() | SHORT, folder / "runs/mnist", None)
+    config = mnist_config.CONFIGURATION.values() | SHORT
+    run(config, folder / "runs/mnist", None)
     return folder
 
 
@@ -74,3 +78,20 @@ def test_examples_after_make_mnist(page, folder_with_run, monkeypatch):
             subprocess.run(["bash", "-euc", code], env=environment, check=True)
         else:
             exec(code, {"__name__": "example"})
+
+
+CONFIGURATIONS = {
+    "mnist": mnist_config.CONFIGURATION,
+    "inception": inception_config.CONFIGURATION,
+    "batch_size": batch_size_config.CONFIGURATION,
+}
+
+
+def test_every_configuration_named_is_there():
+    """By a variant's name alone, which works in any folder."""
+    text = "".join(page.read_text() for page in [*DOCS.glob("*.md"), README])
+    named = re.findall(r"experiments\.(\w+) [^\n`]*--config=([^\s`|]+)", text)
+    assert len(named) > 5
+    for experiment, variant in named:
+        if not variant.startswith("VARIANT"):
+            assert CONFIGURATIONS[experiment].values(variant)
