@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -60,10 +61,14 @@ def export(
         write, content = _arrays(path, checkpoint, metadata, network, fold)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all, as everything here; the ending chooses the format.
+        # Whole or not at all, as everything here.
         partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-        write(partial)
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                write(file)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise WorkdirError(f"cannot write {path} ({error.strerror}).") from None
     print(f"{path}: {content}, of {checkpoint}.")
@@ -71,7 +76,7 @@ def export(
 
 def _program(
     checkpoint: Path, metadata: Metadata, network: str | None, fold: bool, replica: int
-) -> tuple[Callable[[Path], object], str]:
+) -> tuple[Callable[[IO[bytes]], object], str]:
     """How to write a network's program, and what it is in words."""
     # Imported here: the networks take a while.
     from experiments.checkpoints.stablehlo import PLATFORMS, serialise
@@ -79,12 +84,12 @@ def _program(
     variables = load_variables(checkpoint, network=network)
     content = serialise(metadata.config, variables, replica, fold)
     words = f"a program for {', '.join(PLATFORMS)}, {len(content):,} bytes"
-    return lambda path: path.write_bytes(content), words
+    return lambda file: file.write(content), words
 
 
 def _arrays(
     path: Path, checkpoint: Path, metadata: Metadata, network: str | None, fold: bool
-) -> tuple[Callable[[Path], object], str]:
+) -> tuple[Callable[[IO[bytes]], object], str]:
     """How to write networks' arrays, and what they are in words."""
     arrays: dict[str, np.ndarray] = {}
     for name in [network] if network else metadata.networks:
@@ -101,7 +106,7 @@ def _arrays(
     size = sum(array.nbytes for array in arrays.values())
     writer = WRITERS[path.suffix]
     return (
-        lambda partial: writer(partial, arrays, {"checkpoint": str(checkpoint)}),
+        lambda file: writer(file, arrays, {"checkpoint": str(checkpoint)}),
         f"{len(arrays)} arrays, {size:,} bytes",
     )
 
@@ -112,27 +117,23 @@ def _widened(array: np.ndarray) -> np.ndarray:
 
 
 def _write_npz(
-    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 def _write_safetensors(
-    path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    file: IO[bytes], arrays: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError:
         raise ConfigError(
-            f"--output={path}: the package safetensors is not installed; "
+            "--output=FILE.safetensors: the package safetensors is not installed; "
             "`pip install safetensors`, or export to .npz."
         ) from None
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-        path,
-        metadata=dict(notes),
-    )
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    file.write(save(contiguous, metadata=dict(notes)))
 
 
 WRITERS: Mapping[str, Callable[..., None]] = {
