@@ -39,7 +39,7 @@ types: $(environment)/installed-dev
 
 # The site, in site/; nothing is fetched, and a warning is an error.
 docs: $(environment)/installed-docs
-	$(run) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
 
 # What a release uploads, in dist/: CONTRIBUTING.md has the steps around it.
 package: $(environment)/installed-dev
