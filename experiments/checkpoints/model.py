@@ -23,14 +23,12 @@ from experiments.checkpoints.stored import (
     damage_named,
     read_metadata,
 )
-from experiments.data.datasets import CLUTTERED_MNIST
-from experiments.data.errors import DataError
+from experiments.data.class_names import class_names
 from experiments.inception.network import Inception
 
 # Of the runs' folders of checkpoints, the first that there is: with Algorithm 2's
 # statistics, or else with moving averages.
 PREFERRED = ("population", "checkpoints")
-DIGITS = ("mnist", CLUTTERED_MNIST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,20 +136,3 @@ def one_replica(
     if rebuilt.replicas is None:
         return dict(variables)
     return jax.tree.map(lambda leaf: leaf[replica], dict(variables))
-
-
-def class_names(
-    dataset: str, num_classes: int, data_dir: str | None
-) -> tuple[str, ...]:
-    """Names of a data set's classes; their numbers, where it is not at hand."""
-    numbers = tuple(map(str, range(num_classes)))
-    if dataset in DIGITS and data_dir is None:
-        return numbers
-    from experiments.data.metadata import choose_features, read_info
-
-    try:
-        info = read_info(dataset, data_dir)
-        label = info.features[choose_features(dataset, info).label_key]
-    except DataError:
-        return numbers
-    return tuple(label.names) if label.num_classes == num_classes else numbers

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.checkpoints import export
 from experiments.checkpoints.load import load_variables
-from experiments.checkpoints.model import class_names, load_model
+from experiments.checkpoints.model import load_model
 from experiments.checkpoints.networks import InputForm
 from experiments.checkpoints.stored import CheckpointError
 from experiments.inception.training import POPULATION
@@ -126,11 +126,6 @@ def test_inception(tiny_run):
     assert 100 * right.mean() == pytest.approx(summary["final"]["population"]["top1"])
     images = [np.full((40, 50, 3), 7, np.uint8), np.full((64, 33, 1), 9, np.uint8)]
     assert model.predict(images).shape == (2, NUM_CLASSES)
-
-
-def test_class_names_of_a_prepared_set(tmp_path):
-    assert class_names("mnist", 3, None) == ("0", "1", "2")
-    assert class_names("not_there", 2, str(tmp_path)) == ("0", "1")
 
 
 SERVE = """
