@@ -8,9 +8,9 @@ version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 environment := $(VENV)/.made-with-$(version)
 sources := pyproject.toml bn_jax/__init__.py
 
-.PHONY: mnist test test-core test-slow lint types benchmarks
+.PHONY: mnist test test-core test-slow lint types benchmarks docs package
 
-mnist: $(environment)/installed
+mnist: $(environment)/installed-experiments
 	$(run) -m experiments.mnist
 
 test: $(environment)/installed-test
@@ -30,18 +30,27 @@ benchmarks: $(environment)/installed-benchmarks
 lint: $(environment)/installed-dev
 	$(run) -m ruff format --check
 	$(run) -m ruff check
+	$(VENV)/bin/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	$(VENV)/bin/kubernetes-validate --strict --quiet launch/gke.yaml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
 
 types: $(environment)/installed-dev
 	$(run) -m mypy
+
+# The site, in site/; nothing is fetched, and a warning is an error.
+docs: $(environment)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
+
+# What a release uploads, in dist/: CONTRIBUTING.md has the steps around it.
+package: $(environment)/installed-dev
+	rm -rf dist
+	$(run) -m build --outdir dist
+	$(run) -m twine check --strict dist/*
 
 $(environment):
 	$(PYTHON) -m venv --clear $(VENV)
 	$(run) -m pip install --quiet --upgrade pip
 	mkdir $@
-
-$(environment)/installed: $(sources) | $(environment)
-	$(run) -m pip install --quiet --editable .
-	touch $@
 
 $(environment)/installed-%: $(sources) | $(environment)
 	$(run) -m pip install --quiet --editable '.[$*]'

@@ -7,35 +7,22 @@ The page's text stays; what stands between a marker <!-- name --> and the next
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import compiled, peers, results
+from benchmarks import compiled, peers, pictures, results
 from benchmarks.measuring import geometric_mean
+from benchmarks.pictures import TRAINING, select, shape_of
 from experiments.running.tables import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # Not of `python -m benchmarks.all`: that needs no compilers of accelerators.
 COMPILED = results.RESULTS / "compiled.json"
 PICTURES = Path(__file__).parents[1] / "docs" / "results" / "performance"
-TRAINING = "forward and backward"
 JAX_PEERS = set(peers.JAX_LAYERS) - {"bn_jax"}
-COLOURS = {
-    "bn_jax": "tab:blue",
-    "bn_jax, rematerialised": "tab:cyan",
-    "flax.linen": "tab:red",
-    "flax.linen, two passes": "tab:orange",
-    "flax.nnx": "tab:pink",
-    "haiku": "tab:green",
-    "equinox": "tab:olive",
-    "keras on jax": "tab:purple",
-    "torch": "tab:brown",
-    "no normalisation": "tab:gray",
-}
 
 
 def main() -> None:
@@ -87,47 +74,6 @@ def describe(machine: dict[str, Any]) -> str:
     )
 
 
-def _select(rows: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
-    return [row for row in rows if all(row[key] == wanted[key] for key in wanted)]
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return "x".join(map(str, row["shape"]))
-
-
-def draw_op(content: dict[str, Any]) -> Figure:
-    """Share of the limit by shape, a panel a dtype."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
-        rows = _select(content["rows"], dtype=dtype, passes=TRAINING, relu=True)
-        rows = [row for row in rows if row["name"] != "copy" and len(row["shape"]) == 4]
-        shapes = list(dict.fromkeys(map(_shape, rows)))
-        names = list(dict.fromkeys(row["name"] for row in rows))
-        width = 0.8 / len(names)
-        for number, name in enumerate(names):
-            own = {
-                _shape(row): row["share_of_limit"]
-                for row in rows
-                if row["name"] == name
-            }
-            panel.bar(
-                np.arange(len(shapes)) + (number - len(names) / 2 + 0.5) * width,
-                [100 * own[shape] for shape in shapes],
-                width,
-                label=name,
-                color=COLOURS[name],
-            )
-        panel.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
-        panel.set_title(f"BN and ReLU, forward and backward, {dtype}")
-        panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel(
-        "% of the speed of copying 8 times the input\n(more is faster)"
-    )
-    panels[1].legend(fontsize="small", ncols=2)
-    return figure
-
-
 def op_tables(content: dict[str, Any]) -> dict[str, str]:
     """Ratios over shapes, times by shape, and memory."""
     summary = [
@@ -136,7 +82,7 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
             *(
                 found[0]["time_over_ours"] if found else None
                 for found in (
-                    _select(
+                    select(
                         content["summary"],
                         name=row["name"],
                         dtype=dtype,
@@ -152,7 +98,7 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
                 )
             ),
         ]
-        for row in _select(
+        for row in select(
             content["summary"], dtype="float32", passes=TRAINING, relu=True
         )
     ]
@@ -163,9 +109,9 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
     ]
     times, memory = [], []
     for dtype in ("float32", "bfloat16"):
-        rows = _select(content["rows"], dtype=dtype, passes=TRAINING, relu=True)
-        for shape in dict.fromkeys(map(_shape, rows)):
-            own = {row["name"]: row for row in rows if _shape(row) == shape}
+        rows = select(content["rows"], dtype=dtype, passes=TRAINING, relu=True)
+        for shape in dict.fromkeys(map(shape_of, rows)):
+            own = {row["name"]: row for row in rows if shape_of(row) == shape}
             jax_peers = [row["ratio"] for name, row in own.items() if name in JAX_PEERS]
             times.append(
                 [
@@ -207,29 +153,6 @@ def op_tables(content: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def draw_network(content: dict[str, Any]) -> Figure:
-    """Time of a training step, and its memory, a panel a network."""
-    rows = _select(content["rows"], mode="training")
-    groups = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
-    figure = Figure(figsize=(4.5 * len(groups), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
-    for panel, (network, dtype) in zip(panels, groups, strict=True):
-        own = _select(rows, network=network, dtype=dtype)
-        names = [row["name"] for row in own]
-        times = np.array([row["median"] for row in own])
-        spread = [
-            times - [row["low"] for row in own],
-            [row["high"] for row in own] - times,
-        ]
-        panel.barh(names, times, xerr=spread, color=[COLOURS[name] for name in names])
-        for place, row in enumerate(own):
-            panel.text(0, place, f"  {row['temporary_megabytes']:.0f} MB", va="center")
-        panel.invert_yaxis()
-        panel.set_title(f"{network}, {dtype}")
-        panel.set_xlabel("ms a training step; in the bar, memory")
-    return figure
-
-
 def network_tables(content: dict[str, Any]) -> dict[str, str]:
     """Training and inference of every network."""
     keys = {
@@ -249,16 +172,11 @@ def network_tables(content: dict[str, Any]) -> dict[str, str]:
             list(keys),
             [
                 [row[key] for key in keys.values()]
-                for row in _select(content["rows"], mode=mode)
+                for row in select(content["rows"], mode=mode)
             ],
         )
         for mode in ("training", "inference")
     }
-
-
-def draw_mnist(content: dict[str, Any]) -> Figure:
-    """Seconds for the whole training."""
-    return _bars(content["rows"], "seconds_50000_steps", "s for 50,000 steps")
 
 
 def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
@@ -273,44 +191,10 @@ def mnist_tables(content: dict[str, Any]) -> dict[str, str]:
     return {"mnist": table(list(keys), body)}
 
 
-def draw_activations(content: dict[str, Any]) -> Figure:
-    """How much longer an activation takes after the transform than in it."""
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    panel = figure.subplots()
-    names = list(dict.fromkeys(row["activation"] for row in content["rows"]))
-    dtypes = list(dict.fromkeys(row["dtype"] for row in content["rows"]))
-    for number, dtype in enumerate(dtypes):
-        own = _select(content["rows"], dtype=dtype)
-        places = np.arange(len(names)) + 0.4 * number - 0.2
-        panel.bar(places, [row["apart / fused"] for row in own], 0.38, label=dtype)
-    panel.axhline(1, color="black", linewidth=0.8)
-    panel.set_xticks(range(len(names)), names)
-    panel.set_ylabel("time apart / fused")
-    panel.legend()
-    return figure
-
-
 def activations_tables(content: dict[str, Any]) -> dict[str, str]:
     """One row an activation and dtype."""
     rows = content["rows"]
     return {"activations": table(list(rows[0]), [list(row.values()) for row in rows])}
-
-
-def draw_input(content: dict[str, Any]) -> Figure:
-    """Images a second against workers."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    panel = figure.subplots()
-    for name in dict.fromkeys(row["name"] for row in content["rows"]):
-        own = _select(content["rows"], name=name)
-        workers = [row["workers"] for row in own]
-        panel.plot(workers, [row["images_per_second"] for row in own], "o-", label=name)
-    panel.set_xticks(sorted({row["workers"] for row in content["rows"]}))
-    panel.set_xlabel("worker processes (tf.data: threads)")
-    panel.set_ylabel("images a second")
-    panel.set_ylim(bottom=0)
-    panel.grid(alpha=0.3)
-    panel.legend()
-    return figure
 
 
 def input_tables(content: dict[str, Any]) -> dict[str, str]:
@@ -330,58 +214,6 @@ def input_tables(content: dict[str, Any]) -> dict[str, str]:
     return {"input": f"{table(list(keys), body)}\n\n{waiting}"}
 
 
-def _bars(rows: Sequence[dict[str, Any]], key: str, label: str) -> Figure:
-    figure = Figure(figsize=(6, 0.7 + 0.5 * len(rows)), layout="constrained")
-    panel = figure.subplots()
-    values = [row[key] for row in rows]
-    colours = ["tab:blue", *["tab:gray"] * (len(rows) - 1)]
-    panel.barh([row["name"] for row in rows], values, color=colours)
-    panel.invert_yaxis()
-    panel.set_xlabel(label)
-    return figure
-
-
-def draw_scaling(content: dict[str, Any]) -> Figure:
-    """Against batch, channels, devices and width."""
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
-    panels = figure.subplots(1, 4)
-    kinds: list[tuple[str, str, str, float]] = [
-        ("batch", "median", "ms, (batch, 14, 14, 256)", 1),
-        ("channels", "median", "ms, (32, 14, 14, channels)", 1),
-        ("devices", "bytes", "KB of collectives a step, 256 channels", 1e-3),
-    ]
-    for panel, (varied, key, label, unit) in zip(panels, kinds, strict=False):
-        for name in ("bn_jax", "flax.linen"):
-            rows = _select(content[varied], name=name)
-            panel.plot(
-                [row[varied] for row in rows],
-                [unit * row[key] for row in rows],
-                "o-",
-                label=name,
-                color=COLOURS[name],
-            )
-        panel.set_xlabel(varied)
-        panel.set_ylabel(label)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.grid(alpha=0.3)
-    panels[0].legend()
-    rows = content["checkpoint"]
-    for key in ("state_megabytes", "checkpoint_megabytes"):
-        label = key.removesuffix("_megabytes")
-        panels[3].plot(
-            [row["width"] for row in rows],
-            [row[key] for row in rows],
-            "o-",
-            label=label,
-        )
-    panels[3].set_xlabel("width of Inception")
-    panels[3].set_ylabel("MB")
-    panels[3].grid(alpha=0.3)
-    panels[3].legend()
-    return figure
-
-
 def scaling_tables(content: dict[str, Any]) -> dict[str, str]:
     """Collectives and checkpoints."""
     blocks = {}
@@ -397,7 +229,7 @@ def compiled_tables(content: dict[str, Any]) -> dict[str, str]:
     keys = {"network": "network", "batch": "batch", **compiled.COLUMNS}
     blocks = {}
     for target in dict.fromkeys(row["target"] for row in content["rows"]):
-        rows = _select(content["rows"], target=target)
+        rows = select(content["rows"], target=target)
         shown = {
             head: key
             for head, key in keys.items()
@@ -414,12 +246,12 @@ PARTS: dict[
         Callable[[dict[str, Any]], Figure], Callable[[dict[str, Any]], dict[str, str]]
     ],
 ] = {
-    "op": (draw_op, op_tables),
-    "activations": (draw_activations, activations_tables),
-    "network": (draw_network, network_tables),
-    "mnist": (draw_mnist, mnist_tables),
-    "input": (draw_input, input_tables),
-    "scaling": (draw_scaling, scaling_tables),
+    "op": (pictures.draw_op, op_tables),
+    "activations": (pictures.draw_activations, activations_tables),
+    "network": (pictures.draw_network, network_tables),
+    "mnist": (pictures.draw_mnist, mnist_tables),
+    "input": (pictures.draw_input, input_tables),
+    "scaling": (pictures.draw_scaling, scaling_tables),
 }
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ arrays with shapes, dtypes and bytes, the run's configuration, and versions and 
 verify: reads every array of every checkpoint and compares it with its checksum. Exits
 with 1 if one is damaged.
 export: parameters and statistics of the newest checkpoint, by names such as
-params/conv1/kernel, to FILE.npz or FILE.safetensors. With --fold batch normalisations
-are folded into the layers before them, where there is one.
+params/conv1/kernel, to FILE.npz or FILE.safetensors; or, to FILE.stablehlo, the program
+from images to class probabilities, which jax.export runs without this package. With
+--fold batch normalisations are folded into the layers before them, where there is one.
 """
 
 from pathlib import Path
@@ -26,10 +27,18 @@ _STEP = flags.DEFINE_string(
     "step", "newest", "Which checkpoint to inspect or export: newest, best or a number."
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "File to export to; it ends with .npz or .safetensors."
+    "output",
+    None,
+    "File to export to; it ends with .npz, .safetensors or .stablehlo.",
 )
 _NETWORK = flags.DEFINE_string(
     "network", None, "Network to export, where there are several (default: all)."
+)
+_REPLICA = flags.DEFINE_integer(
+    "replica",
+    0,
+    "Which program to export, of networks that were trained side by side.",
+    lower_bound=0,
 )
 _FOLD = flags.DEFINE_bool("fold", False, "Whether to export the folded network.")
 
@@ -48,7 +57,8 @@ def main(arguments: list[str]) -> None:
         "inspect": lambda folder: inspect.inspect(folder, _STEP.value),
         "verify": inspect.verify,
         "export": lambda folder: export.export(
-            folder, _STEP.value, _OUTPUT.value, _NETWORK.value, _FOLD.value
+            *(folder, _STEP.value, _OUTPUT.value),
+            *(_NETWORK.value, _FOLD.value, _REPLICA.value),
         ),
     }
     if len(arguments) != 2 or arguments[0] not in actions:

@@ -5,24 +5,23 @@
 #   launch/machine.sh gpu experiments.inception --config=VARIANT --workdir=...
 #   launch/machine.sh tpu ... --config.dry_run=True
 #
-# The environment in $VENV (.venv) is made where it is missing.
+# launch/environment.sh makes the environment in $VENV (.venv) where it is missing.
 set -euo pipefail
 
-declare -A requirements=([cpu]='jax' [gpu]='jax[cuda12]' [tpu]='jax[tpu]')
-platform=${1:-none}
-if [ -z "${requirements[$platform]:-}" ] || [ $# -lt 2 ]; then
+# JAX is to fail, and not to train on the processor, where it finds no accelerator.
+case ${1:-none} in
+  cpu) platforms=cpu ;;
+  gpu) platforms=cuda,cpu ;;
+  tpu) platforms=tpu,cpu ;;
+  *) platforms='' ;;
+esac
+if [ -z "$platforms" ] || [ $# -lt 2 ]; then
   echo "usage: $0 cpu|gpu|tpu MODULE [ARGUMENTS ...]" >&2
   exit 2
 fi
-shift
 
 cd "$(dirname "$0")/.."
-venv=${VENV:-.venv}
-if [ ! -x "$venv/bin/python" ]; then
-  "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --editable . "${requirements[$platform]}"
-fi
-if [ "$platform" = cpu ]; then
-  export JAX_PLATFORMS=cpu
-fi
-exec "$venv/bin/python" -m "$@"
+launch/environment.sh "$1"
+shift
+export JAX_PLATFORMS=$platforms
+exec "${VENV:-.venv}/bin/python" -m "$@"

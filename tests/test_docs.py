@@ -1,20 +1,97 @@
 """The examples of the documentation run as they stand."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from experiments.batch_size import config as batch_size_config
+from experiments.inception import config as inception_config
+from experiments.mnist import config as mnist_config
+from experiments.mnist.training import run
+
 DOCS = Path(__file__).parents[1] / "docs"
-EXAMPLES = [
-    pytest.param(code, id=f"{page.stem}-{number}")
+README = DOCS.parent / "README.md"
+# A run of `make mnist`, in seconds: what pages load that name runs/mnist.
+SHORT = {
+    **{"num_steps": 20, "batch_size": 64, "eval_every": 20, "early_steps": 0},
+    **{"milestones": (20,), "population_batches": 2, "probe_examples": 0},
+}
+# Its names are explained in the text: tests/test_api_page.py gives them values.
+SKETCHES = ("api",)
+
+
+def examples(page: Path) -> list[tuple[str, str]]:
+    """Language and code of the blocks that are run: those of Python and of bash."""
+    return re.findall(r"```(python|bash)\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+PAGES = {
+    page.stem: examples(page)
     for page in sorted(DOCS.glob("*.md"))
-    for number, code in enumerate(
-        re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    )
-]
+    if examples(page) and page.stem not in SKETCHES
+}
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_example(code):
+def needs_run(page: str) -> bool:
+    return any("runs/mnist" in code for _, code in PAGES[page])
+
+
+@pytest.fixture(scope="module")
+def folder_with_run(tmp_path_factory):
+    """A folder that `make mnist` was called in."""
+    folder = tmp_path_factory.mktemp("mnist")
+    config = mnist_config.CONFIGURATION.values() | SHORT
+    run(config, folder / "runs/mnist", None)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        (page, number)
+        for page, blocks in PAGES.items()
+        if not needs_run(page)
+        for number in range(len(blocks))
+    ],
+)
+def test_example(page, number):
+    language, code = PAGES[page][number]
+    assert language == "python"
     exec(code, {"__name__": "example"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if needs_run(page)])
+def test_examples_after_make_mnist(page, folder_with_run, monkeypatch):
+    """One after the other, as each may use the files of those before."""
+    monkeypatch.chdir(folder_with_run)
+    environment = dict(
+        os.environ,
+        PYTHONPATH=str(DOCS.parent),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    for language, code in PAGES[page]:
+        if language == "bash":
+            subprocess.run(["bash", "-euc", code], env=environment, check=True)
+        else:
+            exec(code, {"__name__": "example"})
+
+
+CONFIGURATIONS = {
+    "mnist": mnist_config.CONFIGURATION,
+    "inception": inception_config.CONFIGURATION,
+    "batch_size": batch_size_config.CONFIGURATION,
+}
+
+
+def test_every_configuration_named_is_there():
+    """By a variant's name alone, which works in any folder."""
+    text = "".join(page.read_text() for page in [*DOCS.glob("*.md"), README])
+    named = re.findall(r"experiments\.(\w+) [^\n`]*--config=([^\s`|]+)", text)
+    assert len(named) > 5
+    for experiment, variant in named:
+        if not variant.startswith("VARIANT"):
+            assert CONFIGURATIONS[experiment].values(variant)

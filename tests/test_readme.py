@@ -1,106 +1,48 @@
-"""What the README shows works as it stands there."""
+"""The README: its snippet runs, it is short, and what it points to is there."""
 
 import re
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-import bn_jax
-import bn_jax.linen
-import bn_jax.nnx
-from tests.experiments.checkpoints.make_stored import MODEL
-
-README = Path(__file__).parents[1] / "README.md"
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+# What fits on a screen beside the title of a window.
+LINES_BEFORE_THE_FIGURE = 40
 
 
-CORE, MORE, FLAX, CHECKPOINT = re.findall(
-    r"```python\n(.*?)```", README.read_text(), re.DOTALL
-)
+def test_the_snippet_runs_as_pasted():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["y"].shape == names["x"].shape
 
 
-def test_the_api_in_one_screen():
-    def run(x: jax.Array, mask: jax.Array) -> Any:
-        names = {"x": x, "mask": mask, "other": bn_jax.moments(x)}
-        exec(CORE, names)
-        return [names[name] for name in ("y", "stats", "scale", "shift", "moments")]
-
-    x = jax.random.normal(jax.random.key(0), (2, 8, 64))
-    mapped = jax.vmap(run, axis_name="devices")
-    y, stats, scale, shift, moments = mapped(x, jnp.ones((2, 8, 1)))
-    assert y.shape == x.shape
-    # The last y is that of inference, and moments are those of x and of x again.
-    expected = x * scale[:, None] + shift[:, None]
-    assert jnp.allclose(y, expected, atol=1e-5)
-    assert (moments.count == 16).all()
-    assert jnp.allclose(moments.mean, x.mean(1), atol=1e-6)
-    assert stats.mean.shape == (2, 64)
+def test_it_is_short():
+    assert len(README.split()) <= 700
+    before, _, _ = README.partition("![")
+    assert before.count("\n") <= LINES_BEFORE_THE_FIGURE
+    (table,) = re.findall(r"\| bn_jax \|.*?\n\n", README, re.DOTALL)
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) <= 8
 
 
-def test_beyond_one_batch():
-    params, stats = bn_jax.init_params(8), bn_jax.init_stats(8)
-    batches = jax.random.normal(jax.random.key(0), (4, 64, 8)) + 3
-
-    def run(stats: Any, x: jax.Array) -> Any:
-        return bn_jax.batch_norm(params, stats, x, train=True)[1]
-
-    def loss_function(params: Any, stats: Any, x: jax.Array) -> Any:
-        y, stats = bn_jax.batch_norm(params, stats, x, train=True)
-        return jnp.sum(y**3), stats
-
-    names = {
-        **{"bn_jax": bn_jax, "params": params, "stats": stats, "run": run},
-        **{"batches": batches, "x": batches[0], "loss_function": loss_function},
-        **{"parts": batches, "kernel": jnp.ones((3, 3, 4, 8)), "bias": None},
-    }
-    exec(MORE, names)
-    # Of the population, then moved by one batch each, and by all of them.
-    assert jnp.allclose(names["stats"].mean, batches.mean((0, 1)), atol=0.05)
-    assert names["kernel"].shape == (3, 3, 4, 8)
-    assert names["bias"].shape == (8,)
-    assert names["y"].shape == (64, 8)
-    assert names["grads"].scale.shape == (8,)
-
-
-def test_flax_modules():
-    names: dict[str, Any] = {}
-    exec(FLAX, names)
-    assert names["BatchNorm"] is bn_jax.nnx.BatchNorm
-    assert callable(names["fold_batch_norms"])
-
-
-def test_a_checkpoint_in_a_model_of_ones_own(tmp_path, monkeypatch):
-    stored = README.parent / "tests/experiments/checkpoints/stored/format_1/checkpoints"
-    (tmp_path / "runs/inception").mkdir(parents=True)
-    (tmp_path / "runs/inception/population").symlink_to(stored)
-    monkeypatch.chdir(tmp_path)
-    images = jnp.ones((2, 4))
-    names = {"model": MODEL, "images": images}
-    exec(CHECKPOINT, names)
-    assert names["logits"].shape == (2, MODEL.num_classes)
-
-
-def test_everything_public_is_named():
-    text = README.read_text()
-    shown = {
-        name
-        for name in bn_jax.__all__
-        if f"bn_jax.{name}" in text or f"{name}(" in text
-    }
-    assert shown == set(bn_jax.__all__)
+def test_what_it_points_to_is_there():
+    links = re.findall(r"\]\(([^)]*)\)", README)
+    here = [link for link in links if not link.startswith("https://")]
+    assert len(here) > 20
+    assert [link for link in here if not (REPOSITORY / link).is_file()] == []
 
 
 def test_files_of_the_architecture_exist():
     """The map names every module of bn_jax, every command and every folder."""
+    page = REPOSITORY / "docs" / "architecture.md"
     (listing,) = re.findall(
-        r"## Architecture\n\n```\n(.*?)```", README.read_text(), re.DOTALL
+        r"# Architecture\n\n```\n(.*?)```", page.read_text(), re.DOTALL
     )
     listed = set()
-    package = folder = README.parent
+    package = folder = REPOSITORY
     for line in listing.splitlines():
         if start := re.match(r"(\w+)/", line):
-            package = folder = README.parent / start[1]
+            package = folder = REPOSITORY / start[1]
             listed.add(package)
         elif start := re.match(r"  ([\w/]+)/", line):
             folder = package / start[1]
@@ -109,7 +51,7 @@ def test_files_of_the_architecture_exist():
             folder = package
         listed |= {folder / name for name in re.findall(r"\b\w+\.py\b", line)}
     assert [path for path in listed if not path.exists()] == []
-    packages = [README.parent / name for name in ("bn_jax", "experiments")]
+    packages = [REPOSITORY / name for name in ("bn_jax", "experiments")]
     expected = {path for each in packages for path in each.glob("*.py")}
     expected |= {
         path.parent for each in packages for path in each.glob("**/__init__.py")

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.running import provenance
+from experiments.running.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from experiments.running.tables import NOTHING, spread, table
 
 LABELS = {
@@ -18,12 +19,12 @@ LABELS = {
     "instance_norm": "instance normalisation",
 }
 STYLES = {
-    "batch_norm": {"color": "tab:blue", "marker": "o"},
-    "ghost": {"color": "tab:cyan", "marker": "s", "linestyle": "--"},
-    "renorm": {"color": "tab:green", "marker": "D"},
-    "layer_norm": {"color": "tab:red", "marker": "v"},
-    "group_norm": {"color": "tab:orange", "marker": "^"},
-    "instance_norm": {"color": "tab:purple", "marker": "x", "linestyle": ":"},
+    "batch_norm": {"color": BLUE, "marker": "o"},
+    "ghost": {"color": SKY, "marker": "s", "linestyle": "--"},
+    "renorm": {"color": GREEN, "marker": "D"},
+    "layer_norm": {"color": VERMILION, "marker": "v", "linestyle": "-."},
+    "group_norm": {"color": ORANGE, "marker": "^", "linestyle": "--"},
+    "instance_norm": {"color": PURPLE, "marker": "x", "linestyle": ":"},
 }
 ACCURACY_TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 95, 96, 97, 98, 99)
 
@@ -129,7 +130,7 @@ def draw(summary: Mapping[str, Any]) -> Figure:
     panels[0].set_ylabel(
         f"test accuracy after {summary['config']['num_examples']:,} examples, %"
     )
-    panels[-1].legend(fontsize="small", loc="lower left")
+    panels[-1].legend(fontsize="small", loc="lower left", handlelength=3.5)
     return figure
 
 

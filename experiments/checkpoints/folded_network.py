@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from bn_jax.linen_folding import fold_batch_norms
-from experiments.checkpoints.stored import CheckpointError
-from experiments.inception.construction import make_model
+from experiments.checkpoints.networks import Rebuilt, rebuild
 from experiments.inception.network import Inception
-from experiments.mnist.network import MLP
 
 
 def fold_variables(
@@ -38,54 +36,26 @@ def fold_variables(
     if not variables["batch_stats"]:
         print(f"{network}: there is no batch normalisation to fold.")
         return dict(variables)
-    if "hidden" in config:
-        return _fold_replicas(config, variables)
-    if "variant" not in config:
-        raise CheckpointError(
-            "the checkpoint has the configuration of no experiment here: export it "
-            "without --fold."
-        )
-    classes = variables["params"]["classifier"]["bias"].shape[-1]
-    size = config["image_size"]
-    return _fold(
-        make_model(config, classes, inception),
-        variables,
-        (1, size, size, 3),
-        report=True,
-    )
-
-
-def _fold_replicas(
-    config: Mapping[str, Any], variables: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Networks of the MNIST experiment, which trains several side by side."""
-    params = variables["params"]
-    replicas, inputs, _ = params["Dense_0"]["kernel"].shape
-    model = MLP(
-        hidden=tuple(config["hidden"]),
-        num_classes=params[f"Dense_{len(config['hidden'])}"]["bias"].shape[-1],
-        epsilon=config["epsilon"],
-    )
+    rebuilt = rebuild(config, variables["params"], inception)
+    if rebuilt.replicas is None:
+        return fold(rebuilt, variables, report=True)
     folded = [
-        _fold(
-            model,
+        fold(
+            rebuilt,
             jax.tree.map(lambda leaf, i=replica: leaf[i], variables),
-            (1, inputs),
             report=replica == 0,
         )
-        for replica in range(replicas)
+        for replica in range(rebuilt.replicas)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *folded)
 
 
-def _fold(
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    input_shape: tuple[int, ...],
-    report: bool,
+def fold(
+    rebuilt: Rebuilt, variables: Mapping[str, Any], report: bool
 ) -> dict[str, Any]:
-    inputs = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    folded = fold_batch_norms(model, variables, inputs, train=False)
+    """Folds one network, without an axis of replicas."""
+    inputs = jax.ShapeDtypeStruct((1, *rebuilt.inputs.shape), jnp.float32)
+    folded = fold_batch_norms(rebuilt.network, variables, inputs, train=False)
     if report:
         print(*folded.report, sep="\n")
     return folded.variables

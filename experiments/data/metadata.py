@@ -70,9 +70,15 @@ def read_info(name: str, data_dir: str | None) -> tfds.core.DatasetInfo:
 
     Raises:
       DataError: if the set is unknown, not prepared, damaged, or in a form other than
-        array_record and TFRECORD.
+        array_record and TFRECORD; or if tensorflow-datasets is not installed.
     """
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"data set {name!r} is read with tensorflow-datasets, and {error.name} is "
+            "not installed: pip install -e '.[imagenet]'"
+        ) from None
 
     directory = data_directory(data_dir)
     if not tfds.core.naming.is_valid_dataset_name(name):

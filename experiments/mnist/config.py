@@ -4,8 +4,8 @@
     python -m experiments.mnist --config=rates
 
 The first draws figure 1; the second trains both networks at many learning rates and
-initial weights side by side, and draws accuracy against rate. README.md has the time
-each takes and the numbers to expect.
+initial weights side by side, and draws accuracy against rate. docs/results.md has the
+time each takes and the numbers to expect.
 """
 
 from collections.abc import Mapping

@@ -7,13 +7,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.mnist.summary import settings
+from experiments.running.figures import BLACK, BLUE, VERMILION
 from experiments.training.evaluation import PERCENTILES
 
 LABELS = {"baseline": "without BN", "batch_norm": "with BN"}
 STYLES = {
-    "baseline": {"color": "tab:red", "linestyle": "--"},
-    "batch_norm": {"color": "tab:blue", "linestyle": "-"},
+    "baseline": {"color": VERMILION, "linestyle": "--"},
+    "batch_norm": {"color": BLUE, "linestyle": "-"},
 }
+MARKERS = {"baseline": "s", "batch_norm": "o"}
 BEGINNING = 0.06  # the share of a run that figure 1 (a) shows enlarged
 
 
@@ -67,7 +69,7 @@ def accuracy_against_rate(summary: Mapping[str, Any]) -> Figure:
                 [rate for rate, _ in points],
                 [accuracy["mean"] for _, accuracy in points],
                 yerr=[accuracy["std"] or 0 for _, accuracy in points],
-                marker="o",
+                marker=MARKERS[name],
                 capsize=2,
                 label=LABELS[name],
                 **STYLES[name],
@@ -116,7 +118,7 @@ def _percentile_panel(axes: Any, rows: Sequence[Mapping[str, Any]], unit: int) -
         tracks.T, PERCENTILES, (":", "-", "--"), strict=True
     ):
         label = f"{percentile}th"
-        axes.plot(steps, track, color="black", linestyle=style, lw=1, label=label)
+        axes.plot(steps, track, color=BLACK, linestyle=style, lw=1, label=label)
     axes.set_xlim(0, steps[-1])
     axes.xaxis.set_major_formatter(_thousands)
     axes.set_xlabel("training steps")

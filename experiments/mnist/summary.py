@@ -72,7 +72,7 @@ def as_table(summary: Mapping[str, Any]) -> str:
     header += [f"% at {step}" for step in steps] + ["% (Alg. 2)"]
     header += [f"steps to {level}%" for level in ACCURACY_LEVELS]
     probed = "sigmoid_input" in first
-    header += ["a median travels"] * probed
+    header += ["range of the median"] * probed
     rows = []
     for name, entries in summary["networks"].items():
         for entry in entries:

@@ -8,6 +8,11 @@ from matplotlib.figure import Figure
 
 from experiments.running.new_files import whole_file
 
+# Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow.
+# Line styles, markers and hatches go with them, where colours alone do not help.
+BLACK, BLUE, VERMILION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+PURPLE, ORANGE, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"
+
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG and as SVG, beside each other, each of them whole."""

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 
@@ -50,3 +52,9 @@ def test_unknown_set(tmp_path, name):
 
 def test_classes_of_imagenet():
     assert NUM_CLASSES["imagenet2012"] == 1_000
+
+
+def test_sets_of_files_without_tensorflow_datasets(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DataError, match=r"pip install -e '\.\[imagenet\]'"):
+        load_splits("imagenet2012", str(tmp_path), AUGMENTATION)
