@@ -67,7 +67,7 @@ def run(
         experiment = Experiment(config, data.train.num_classes, network)
         print_once(dry_run.report(config, _measure(experiment, data)))
         return
-    with open_run(workdir, _described(config, data), CONFIGURATION):
+    with open_run(workdir, described(config, data), CONFIGURATION):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
             print_once(f"{workdir} holds this run, finished; nothing to do.")
@@ -85,7 +85,7 @@ def run(
     )
 
 
-def _described(config: Mapping[str, Any], data: Data) -> dict[str, Any]:
+def described(config: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """A configuration, and what else the numbers of a run depend on."""
     feed = "device" if data.on_device else "files"
     return {**config, "data": data.description, "feed_used": feed}

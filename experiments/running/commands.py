@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -34,11 +34,12 @@ FAILED, TRY_AGAIN, INTERRUPTED = 1, 75, 130
 
 
 def launch(
-    main: Callable[[dict[str, Any], Path, str | None], None],
+    main: Callable[..., None],
     configuration: ModuleType,
     documentation: str | None,
     *,
     workdir: str,
+    positional: Sequence[str] = (),
 ) -> None:
     """Parses the command line and runs a command.
 
@@ -48,12 +49,14 @@ def launch(
 
     Args:
       main: the command, called with the configuration, the folder for the results and
-        that of the data, or None, when flags are parsed.
+        that of the data, or None, when flags are parsed; and with the positional
+        arguments.
       configuration: the module of the default configuration. It has `get_config` and
         `CONFIGURATION`.
       documentation: what --help says first.
       workdir: the default folder for the results, in which keys of the configuration
         may stand in braces.
+      positional: names of the arguments that are no flags.
     """
     shown = re.sub("{(.*?)}", lambda key: key[1].upper(), workdir)
     folder = flags.DEFINE_string(
@@ -107,13 +110,17 @@ def launch(
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
-        if len(arguments) > 1:
-            _fail(f"unexpected argument {arguments[1]!r} (see --help)")
+        _, *others = arguments
+        for missing in positional[len(others) :]:
+            _fail(f"the argument {missing} is missing (see --help)")
+        for unexpected in others[len(positional) :]:
+            _fail(f"unexpected argument {unexpected!r} (see --help)")
         raise_on_sigterm()
         with _one_line_errors("; the same command goes on from the last checkpoint."):
             start_processes()
             config = flag.value.to_dict()
-            main(config, Path(folder.value or workdir.format(**config)), data.value)
+            results = Path(folder.value or workdir.format(**config))
+            main(config, results, data.value, *others)
 
     app.run(run, flags_parser=parse)
 
