@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.running import provenance
 from experiments.running.tables import spread, table
@@ -38,7 +39,8 @@ def summarise(
       population's statistics (Algorithm 2), and the paper's.
     """
     networks = {}
-    for name in dict.fromkeys(row["network"] for row in rows):
+    trained = {row["network"] for row in rows}
+    for name in (name for name in NETWORKS if name in trained):
         of_network = [row for row in rows if row["network"] == name]
         networks[name] = {
             "steps": [row["step"] for row in of_network],
@@ -105,11 +107,12 @@ def draw(summary: Mapping[str, Any]) -> Figure:
         axes.set_title("permuted" if permuted else "in order")
         axes.set_xlabel("training steps")
         axes.set_xlim(0, summary["config"]["num_steps"])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     left = figure.axes[0]
     left.set_ylabel("test accuracy, % (mean and range of seeds)")
-    left.set_ylim(0, 100)
+    left.set_ylim(70, 100)
     return figure
 
 
