@@ -125,6 +125,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         table_rows(config["width"], config["pool_projection"])
     except ValueError as error:
         raise ConfigError(f"--config.{error}") from None
+    if len(config["input_shift"]) not in (0, 3):
+        raise ConfigError(
+            f"--config.input_shift={config['input_shift']}: expected three numbers, of "
+            "red, green and blue, or ()."
+        )
     parallel.check_launch(config)
     parallel.check_divisible(config["eval_batch_size"], "eval_batch_size")
 

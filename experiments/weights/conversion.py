@@ -34,7 +34,7 @@ def recognise(arrays: Arrays, namings: Sequence[Naming] = NAMINGS) -> Naming:
         return float(np.mean([any(n.startswith(of) for n in arrays) for of in layers]))
 
     best = max(namings, key=share)
-    if share(best) < 0.5:
+    if not share(best):
         raise WeightsError(
             f"{len(arrays)} arrays such as {listing(sorted(arrays), 4)} are of another "
             "network; known are "

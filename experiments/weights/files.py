@@ -22,7 +22,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def read_weights(path: Path) -> Arrays:
+def read_weights(path: str | Path) -> Arrays:
     """Reads all arrays of a file, by the names that they have there.
 
     Args:
@@ -32,6 +32,7 @@ def read_weights(path: Path) -> Arrays:
     Raises:
       WeightsError: there is no such file, or it is not what its name says.
     """
+    path = Path(path)
     reader = READERS.get(path.suffix)
     if reader is None and tensorflow_file.index_of(path) is not None:
         reader = tensorflow_file.read
