@@ -73,7 +73,7 @@ class Experiment:
             parallel.shard(parallel.own_part(array, axis=0), axis=0) for array in padded
         ]
         self._num_test = len(test_images)
-        self._test_images = test_images
+        self._probe = jnp.asarray(test_images[: config.get("probe_examples", 0)])
 
         def bind(function: Any, **options: Any) -> Any:
             return functools.partial(function, self.models, self.pixel_scale, **options)
@@ -167,8 +167,7 @@ class Experiment:
     def sigmoid_percentiles(self, states: States) -> dict[str, np.ndarray]:
         """Of the sigmoids' inputs: (replicas, percentiles, units) a network."""
         own = parallel.one_copy(states)
-        probe = self._test_images[: self.config["probe_examples"]]
-        inputs = jax.device_get(self._sigmoid_inputs(own, jnp.asarray(probe)))
+        inputs = jax.device_get(self._sigmoid_inputs(own, self._probe))
         return {
             name: np.moveaxis(
                 np.percentile(values, evaluation.PERCENTILES, axis=1), 0, 1

@@ -85,10 +85,10 @@ def page(summary: Mapping[str, Any]) -> str:
 
 def draw(summary: Mapping[str, Any]) -> Figure:
     """Accuracy over training steps: in order, and permuted."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, permuted in zip(
-        figure.subplots(1, 2, sharey=True), (False, True), strict=True
-    ):
+    panels = sorted({NETWORKS[name][1] for name in summary["networks"]})
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, permuted in zip(all_axes, panels, strict=True):
         for name, of in summary["networks"].items():
             batch_norm, is_permuted = NETWORKS[name]
             if is_permuted != permuted:

@@ -369,6 +369,25 @@ def test_population_statistics_are_algorithm_2_at_every_step(x64):
     )
 
 
+@pytest.mark.slow
+def test_micro_batches_get_the_moments_of_the_whole_batch(x64):
+    params, stats, xs = make_problem(LSTM, LSTM.terms)
+    examples = np.moveaxis(np.concatenate([xs, xs + 1], axis=1), 1, 0)
+
+    def loss(params: Any, stats: Any, examples: Any) -> Any:
+        outputs, new = unroll(LSTM, params, stats, jnp.moveaxis(examples, 1, 0))
+        return jnp.sum(jnp.square(outputs)), new
+
+    expected = jax.value_and_grad(loss, has_aux=True)(params, stats, examples)
+    parts = examples.reshape(2, BATCH, STEPS, INPUTS)
+    found = bn_jax.accumulate_gradients(loss, params, stats, parts)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-12),
+        found,
+        expected,
+    )
+
+
 def test_an_exported_step_gives_the_same():
     params, stats, xs = make_problem(LSTM, LSTM.terms, dtype=np.float32)
     step = jax.jit(functools.partial(recurrent_step, LSTM, train=False))
