@@ -56,78 +56,86 @@ def convert(arrays: Arrays, fresh: Mapping[str, Any], num_classes: int) -> Conve
       WeightsError: an array is missing, has another shape, or has no place.
     """
     naming = recognise(arrays)
-    found: dict[str, np.ndarray] = {}
-    used: set[str] = set()
-
-    def take(name: str) -> np.ndarray:
-        used.add(name)
-        return _in_our_axes(naming, arrays[name])
-
+    sources = _classifier(naming, arrays)  # the file's names of what is taken, by ours
+    found = {place: _taken(naming, arrays, name) for place, name in sources.items()}
+    found = {
+        # A convolution of 1x1, where it is one.
+        place: array.reshape(array.shape[-2:]).astype(np.float32)
+        for place, array in found.items()
+    }
     for place, leaf in named_leaves(fresh).items():
-        collection, *layer, part, name = place.split("/")
-        if CLASSIFIER in layer or part == CLASSIFIER:
+        if place in found:
             continue
-        key, published = f"{collection}/{part}/{name}", naming.layers["/".join(layer)]
+        layer, key = _layer_and_key(place)
+        if layer not in naming.layers or key not in naming.arrays:
+            raise _missing(naming, f"what {place} is here")
+        published = naming.layers[layer]
         source = published + naming.arrays[key]
         if source in arrays:
-            found[place] = _fitting(naming, source, take(source), leaf.shape)
+            sources[place] = source
+            found[place] = _fitting(naming, arrays, source, leaf.shape)
         elif key in naming.optional:
             found[place] = np.full(leaf.shape, naming.optional[key], np.float32)
         else:
             raise _missing(naming, source)
         bias = published + naming.arrays.get(BIAS_BEFORE_NORM, "")
         if key == "batch_stats/norm/mean" and bias in arrays:
-            found[place] -= _fitting(naming, bias, take(bias), leaf.shape)
-    first = next(place for place in found if place.startswith("params/conv1/conv/"))
-    kernel = found[first][:, :, ::-1] if naming.swaps_channels else found[first]
-    found[first] = kernel * np.float32(naming.pixel_scale)
-
-    layers = [
-        {ours: f"{layer}{theirs}" for ours, theirs in naming.classifier_arrays.items()}
-        for layer in naming.classifiers
-    ]
-    classifier_names = next((of for of in layers if of["kernel"] in arrays), layers[0])
-    for name, source in classifier_names.items():
-        if source not in arrays:
-            raise _missing(naming, source)
-        array = take(source).astype(np.float32)
-        # A convolution of 1x1, where it is one.
-        found[f"params/{CLASSIFIER}/{name}"] = array.reshape(array.shape[-2:])
+            sources[f"{place}, its bias"] = bias
+            found[place] -= _fitting(naming, arrays, bias, leaf.shape)
     unused = sorted(
-        name for name in arrays.keys() - used if not name.endswith(naming.ignored)
+        name
+        for name in arrays.keys() - set(sources.values())
+        if not name.endswith(naming.ignored)
     )
     if unused:
         raise WeightsError(
             f"{listing(unused)} of the file have no place in the network of "
             f"--config={naming.variant}: it is not {naming.published}, or more than it."
         )
+    first = next(place for place in found if place.startswith("params/conv1/conv/"))
+    kernel = found[first][:, :, ::-1] if naming.swaps_channels else found[first]
+    found[first] = np.ascontiguousarray(kernel) * np.float32(naming.pixel_scale)
     found_classes = len(found[f"params/{CLASSIFIER}/bias"])
     if naming.has_background and found_classes == num_classes + 1:
-        for name in classifier_names:
-            place = f"params/{CLASSIFIER}/{name}"
-            found[place] = found[place][..., 1:]
+        for place in _classifier(naming, arrays):
+            found[place] = np.ascontiguousarray(found[place][..., 1:])
         found_classes = num_classes
-    arrays_of_ours = {
-        name: np.ascontiguousarray(array) for name, array in found.items()
+    variables = {collection: subtree(found, (collection,)) for collection in fresh}
+    return Converted(naming, variables, found_classes)
+
+
+def _layer_and_key(place: str) -> tuple[str, str]:
+    """Of "params/row_3a/conv1x1/conv/kernel": its layer, and the rest."""
+    collection, *layer, part, name = place.split("/")
+    return "/".join(layer), f"{collection}/{part}/{name}"
+
+
+def _classifier(naming: Naming, arrays: Arrays) -> dict[str, str]:
+    """The file's names of the last layer's arrays, by ours."""
+    kernel = naming.classifier_arrays["kernel"]
+    known = [layer for layer in naming.classifiers if layer + kernel in arrays]
+    layer = next(iter(known), naming.classifiers[0])
+    return {
+        f"params/{CLASSIFIER}/{ours}": layer + theirs
+        for ours, theirs in naming.classifier_arrays.items()
     }
-    return Converted(
-        naming,
-        {collection: subtree(arrays_of_ours, (collection,)) for collection in fresh},
-        found_classes,
-    )
 
 
-def _in_our_axes(naming: Naming, array: np.ndarray) -> np.ndarray:
-    """Height, width, inputs, outputs; or inputs, outputs."""
+def _taken(naming: Naming, arrays: Arrays, name: str) -> np.ndarray:
+    """An array in our order of axes: height, width, inputs, outputs."""
+    if name not in arrays:
+        raise _missing(naming, name)
+    array = arrays[name]
     if not naming.is_torch or array.ndim < 2:
         return array
     return array.transpose([*range(2, array.ndim), 1, 0])
 
 
 def _fitting(
-    naming: Naming, source: str, array: np.ndarray, shape: tuple[int, ...]
+    naming: Naming, arrays: Arrays, source: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array in float32 and in our shape, which may only divide axes otherwise."""
+    """An array in float32 and in our shape, which may only divide axes otherwise."""
+    array = _taken(naming, arrays, source)
     # Statistics may be (1, channels), and a depthwise kernel is (7, 7, 3, 8) for our
     # (7, 7, 1, 24).
     may_differ = len(shape) == 1 or shape[2] == 1
@@ -137,7 +145,7 @@ def _fitting(
             f"the network of --config={naming.variant} {shape} there: the file is of "
             "another network, or width or pool_projection are not the file's."
         )
-    return array.reshape(shape).astype(np.float32)
+    return np.ascontiguousarray(array.reshape(shape), np.float32)
 
 
 def _missing(naming: Naming, name: str) -> WeightsError:

@@ -117,6 +117,12 @@ def test_statistics_may_have_an_axis_more():
     )
 
 
+def test_a_network_that_is_configured_otherwise():
+    arrays, fresh = made("bninception")[2], made("inception_v2")[1]
+    with pytest.raises(WeightsError, match="width or pool_projection are not"):
+        convert(arrays, fresh, CLASSES)
+
+
 @pytest.mark.parametrize(
     "names",
     [
