@@ -11,6 +11,7 @@ from bn_jax.ghost import ghost_batch_norm
 from bn_jax.moments import Moments, merge_moments, moments
 from bn_jax.params import BatchNormParams, init_params
 from bn_jax.population import population_statistics
+from bn_jax.recurrent import Carry, RecurrentParams
 from bn_jax.renormalisation import batch_renorm
 from bn_jax.statistics import (
     BatchStats,
@@ -24,9 +25,11 @@ from bn_jax.statistics import (
 for _type in (
     BatchNormParams,
     BatchStats,
+    Carry,
     MicroBatchStats,
     Moments,
     PopulationMoments,
+    RecurrentParams,
 ):
     with contextlib.suppress(ValueError):
         jax.export.register_namedtuple_serialization(

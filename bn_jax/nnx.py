@@ -24,7 +24,38 @@ def keep_dtypes(values: Values, *, dtype: Any = None) -> Values:
     return values
 
 
-class BatchNorm(nnx.BatchNorm):
+class Normalising(nnx.Module):
+    """A module that keeps statistics, for the functions of this module to find."""
+
+    mean: nnx.BatchStat[jax.Array]
+    var: nnx.BatchStat[jax.Array]
+
+    def read_statistics(self, train: bool) -> Any:
+        """The running statistics, or in training those that gather in their place.
+
+        Raises:
+          ValueError: they have no values.
+        """
+        stats = BatchStats(self.mean.get_value(), self.var.get_value())
+        for name, value in stats._asdict().items():
+            if isinstance(value, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"the statistic {name} of a BatchNorm has a shape and no value; "
+                    "restore nnx.BatchStat together with nnx.Param, both from a "
+                    "trained model or a checkpoint."
+                )
+        gathering = getattr(self, GATHERING, None) if train else None
+        return stats if gathering is None else gathering.get_value()
+
+    def write_statistics(self, stats: Any) -> None:
+        """Keeps what `read_statistics` gave in training, with a batch added."""
+        if isinstance(stats, BatchStats):
+            self.mean[...], self.var[...] = stats
+        else:
+            getattr(self, GATHERING).set_value(stats)
+
+
+class BatchNorm(Normalising, nnx.BatchNorm):
     """`flax.nnx.BatchNorm` computed by `bn_jax.batch_norm`.
 
     Its variables are that class's: `scale` and `bias` are `nnx.Param`, `mean` and `var`
@@ -118,20 +149,18 @@ class BatchNorm(nnx.BatchNorm):
                 "model.eval()."
             )
         train = not (use_running_average or self.frozen)
-        stored = self._statistics()
+        stats = self.read_statistics(train)
         params = BatchNormParams(
             *(
                 None if variable is None else variable[...]
                 for variable in (self.scale, self.bias)
             )
         )
-        promoted = self.promote_dtype((x, *stored, *params), dtype=self.dtype)
+        mean, var = stats.mean, stats.var
+        promoted = self.promote_dtype((x, mean, var, *params), dtype=self.dtype)
         x, mean, var, scale, bias = promoted
-        # Flax, too, promotes the statistics for inference alone.
-        stats: Any = stored if train else BatchStats(mean, var)
-        gathering = getattr(self, GATHERING, None) if train else None
-        if gathering is not None:
-            stats = gathering.get_value()
+        if not train:  # Flax, too, promotes the statistics for inference alone.
+            stats = BatchStats(mean, var)
         y, stats = apply_module(
             self,
             BatchNormParams(scale, bias),
@@ -144,27 +173,9 @@ class BatchNorm(nnx.BatchNorm):
             # `nnx.tabulate` marks the modules that it only shows so.
             looking=hasattr(self, "_nnx_tabulate_id"),
         )
-        if gathering is not None:
-            gathering.set_value(stats)
-        elif train:
-            self.mean[...], self.var[...] = stats
+        if train:
+            self.write_statistics(stats)
         return y
-
-    def _statistics(self) -> BatchStats:
-        """The running statistics.
-
-        Raises:
-          ValueError: they have no values.
-        """
-        stats = BatchStats(self.mean.get_value(), self.var.get_value())
-        for name, value in stats._asdict().items():
-            if isinstance(value, jax.ShapeDtypeStruct):
-                raise ValueError(
-                    f"the statistic {name} of a BatchNorm has a shape and no value; "
-                    "restore nnx.BatchStat together with nnx.Param, both from a "
-                    "trained model or a checkpoint."
-                )
-        return stats
 
 
 def population_statistics(
@@ -198,7 +209,7 @@ def population_statistics(
             f"{type(model).__name__} has no layer of bn_jax.nnx.BatchNorm; use it in "
             "the place of flax.nnx.BatchNorm."
         )
-    old = {name: layer._statistics() for name, layer in layers.items()}
+    old = {name: layer.read_statistics(train=False) for name, layer in layers.items()}
     gathered = population.init(old)
     for batch in batches:
         gathered = _gather(layers, gathered, run, model, batch)[1]
@@ -239,7 +250,7 @@ def accumulate_gradients(
         return _gather(_layers(model), stats, loss_function, model, micro_batch)
 
     layers = _layers(model)
-    old = {name: layer._statistics() for name, layer in layers.items()}
+    old = {name: layer.read_statistics(train=False) for name, layer in layers.items()}
     (loss, new), grads = accumulation.accumulate_gradients(
         of_micro_batch, params, old, micro_batches
     )
@@ -247,17 +258,17 @@ def accumulate_gradients(
     return loss, grads
 
 
-def _layers(model: nnx.Module) -> dict[str, BatchNorm]:
-    """The layers of this module in a model, by their path."""
+def _layers(model: nnx.Module) -> dict[str, Normalising]:
+    """The layers that keep statistics in a model, by their path."""
     return {
         "/".join(map(str, path)) or "the layer": module
         for path, module in nnx.iter_modules(model)
-        if isinstance(module, BatchNorm)
+        if isinstance(module, Normalising)
     }
 
 
 def _gather(
-    layers: Mapping[str, BatchNorm],
+    layers: Mapping[str, Normalising],
     stats: Mapping[str, Any],
     run: Callable[[Any, Any], Any],
     model: nnx.Module,
@@ -279,8 +290,7 @@ def _gather(
 
 
 def _set_statistics(
-    layers: Mapping[str, BatchNorm], stats: Mapping[str, BatchStats]
+    layers: Mapping[str, Normalising], stats: Mapping[str, BatchStats]
 ) -> None:
     for name, layer in layers.items():
-        layer.mean[...] = stats[name].mean
-        layer.var[...] = stats[name].var
+        layer.write_statistics(stats[name])

@@ -1,5 +1,6 @@
 """The examples of the documentation run as they stand."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.batch_size import config as batch_size_config
-from experiments.inception import config as inception_config
-from experiments.mnist import config as mnist_config
+from experiments.mnist.config import CONFIGURATION
 from experiments.mnist.training import run
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -44,7 +43,7 @@ def needs_run(page: str) -> bool:
 def folder_with_run(tmp_path_factory):
     """A folder that `make mnist` was called in."""
     folder = tmp_path_factory.mktemp("mnist")
-    config = mnist_config.CONFIGURATION.values() | SHORT
+    config = CONFIGURATION.values() | SHORT
     run(config, folder / "runs/mnist", None)
     return folder
 
@@ -80,11 +79,7 @@ def test_examples_after_make_mnist(page, folder_with_run, monkeypatch):
             exec(code, {"__name__": "example"})
 
 
-CONFIGURATIONS = {
-    "mnist": mnist_config.CONFIGURATION,
-    "inception": inception_config.CONFIGURATION,
-    "batch_size": batch_size_config.CONFIGURATION,
-}
+OTHER_HOMES = {"import_weights": "inception"}
 
 
 def test_every_configuration_named_is_there():
@@ -94,4 +89,7 @@ def test_every_configuration_named_is_there():
     assert len(named) > 5
     for experiment, variant in named:
         if not variant.startswith("VARIANT"):
-            assert CONFIGURATIONS[experiment].values(variant)
+            # A command beside an experiment has the configuration of that.
+            home = OTHER_HOMES.get(experiment, experiment)
+            config = importlib.import_module(f"experiments.{home}.config")
+            assert config.CONFIGURATION.values(variant)

@@ -62,7 +62,7 @@ def load_variables(
             f"{checkpoint} holds no network {network}: expected one of "
             f"{', '.join(metadata.networks)}."
         )
-    return {item: _subtree(arrays, (item, network)) for item in VARIABLE_ITEMS}
+    return {item: subtree(arrays, (item, network)) for item in VARIABLE_ITEMS}
 
 
 class Adapted(NamedTuple):
@@ -116,12 +116,12 @@ def adapt(
         name: leaf for name, leaf in named_leaves(loaded).items() if name not in apart
     }
     return Adapted(
-        {collection: _subtree(values, (collection,)) for collection in fresh},
+        {collection: subtree(values, (collection,)) for collection in fresh},
         reinitialised,
     )
 
 
-def _subtree(arrays: Mapping[str, Any], prefix: tuple[str, ...]) -> dict[str, Any]:
+def subtree(arrays: Mapping[str, Any], prefix: tuple[str, ...]) -> dict[str, Any]:
     """What lies below a prefix, as nested dicts."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():

@@ -24,7 +24,7 @@ from experiments.configuration.fields import (
 )
 from experiments.configuration.shared import launching, population_batches
 from experiments.data.distortions import STRENGTHS
-from experiments.inception.layers import ACTIVATIONS
+from experiments.inception.layers import ACTIVATIONS, PADDINGS
 from experiments.inception.network import POOL_PROJECTIONS, TABLE
 from experiments.training.optimisers import OPTIMISERS, SCHEDULES, named
 
@@ -54,6 +54,18 @@ NETWORK = {
         "float32",
         "of the computation; parameters are float32",
         choices=("float32", "bfloat16"),
+    ),
+}
+
+# What public code disagrees on; runs from before these keys had the defaults.
+CONVENTIONS = {
+    "padding": Field(
+        "tensorflow",
+        "caffe: strided convolutions pad both sides alike, and averages count padding",
+        choices=PADDINGS,
+    ),
+    "input_shift": Field(
+        (), "added to red, green and blue, which are -1 to 1; (): nothing"
     ),
 }
 
@@ -162,6 +174,7 @@ FIELDS = {
         role=Role.SEED,
     ),
     **NETWORK,
+    **CONVENTIONS,
     **START,
     **TRAINING,
     **DATA,
@@ -205,6 +218,19 @@ VARIANTS: Mapping[str, tuple[str, Changes]] = {
     ),
     "bn_x30": ("bn_x5", {"rate_multiple": 30.0}),
     "bn_x5_sigmoid": ("bn_x5", {"activation": "sigmoid"}),
+    # Those whose weights others have published (docs/public_weights.md).
+    "inception_v2": ("bn_x5", {}),
+    "bninception": (
+        "bn_x5",
+        {
+            "pool_projection": 128,
+            "separable_stem": False,
+            "epsilon": 1e-5,
+            "padding": "caffe",
+            # Of 255, it takes 128, 117 and 104 off.
+            "input_shift": tuple((127.5 - mean) / 127.5 for mean in (128, 117, 104)),
+        },
+    ),
     # Section 4.2.3: six networks, each with some of larger initial weights, dropout of
     # 5% or 10%, and statistics per activation in the last hidden layers.
     "ensemble_1": ("bn_x30", {"seed": 1, "initial_scale": 2.0}),

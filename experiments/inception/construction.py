@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import bn_jax.linen
 from experiments.distributed import parallel
-from experiments.inception.config import NETWORK, START
+from experiments.inception.config import CONVENTIONS, NETWORK, START
 from experiments.inception.network import Inception
 
 
@@ -25,8 +25,12 @@ def make_model(
       num_classes: of the data.
       network: the class to make, with `Inception`'s attributes.
     """
-    chosen = {key: config[key] for key in (*NETWORK, *START)}
-    chosen["per_activation_rows"] = tuple(config["per_activation_rows"])
+    # Of a run from before there were such keys.
+    conventions = {key: field.default for key, field in CONVENTIONS.items()}
+    keys = (*NETWORK, *CONVENTIONS, *START)
+    chosen = {key: {**conventions, **config}[key] for key in keys}
+    for key in ("per_activation_rows", "input_shift"):
+        chosen[key] = tuple(chosen[key])
     # Groups of devices depend on how many there are.
     axes = tuple(parallel.moments_axes(config["moments"]).items())
     return _make_model(network, num_classes, axes=axes, **chosen)
@@ -49,6 +53,8 @@ def _make_model(network: Any, num_classes: int, **config: Any) -> Any:
         width=config["width"],
         pool_projection=config["pool_projection"],
         separable_stem=config["separable_stem"],
+        padding=config["padding"],
+        input_shift=config["input_shift"],
         per_activation_rows=config["per_activation_rows"],
         auxiliary_head=config["auxiliary_head"],
         kernel_init=_initialiser(config),

@@ -1,7 +1,7 @@
 """Layers of a convolutional network: g(BN(W u)), pools, response normalisation."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 # Called with axis, dtype, name and, for ReLU, activation.
 Norm = Callable[..., nn.Module]
+Padding = str | Sequence[tuple[int, int]]
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
@@ -19,6 +20,8 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
 }
 CONVOLUTION_OUTPUT = "convolution_output"  # what rematerialisation starts from
+# They differ where a convolution has stride 2, and at the edges of averages.
+PADDINGS = ("tensorflow", "caffe")
 DEPTH_MULTIPLIER = 8  # of a separable convolution
 
 
@@ -33,6 +36,7 @@ class Convolution(nn.Module):
       activation: a key of `ACTIVATIONS`.
       separable: one convolution per input channel, then a 1x1 convolution.
       per_activation: one mean and variance per activation, not per feature map.
+      padding: of `PADDINGS`.
       kernel_init: initialises weights.
       dtype: of the computation; parameters are float32.
     """
@@ -44,6 +48,7 @@ class Convolution(nn.Module):
     activation: str = "relu"
     separable: bool = False
     per_activation: bool = False
+    padding: str = "tensorflow"
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
     dtype: Any = jnp.float32
 
@@ -55,6 +60,7 @@ class Convolution(nn.Module):
             self.channels,
             (self.kernel_size,) * 2,
             (self.stride,) * 2,
+            padding=_pads(self.kernel_size, self.padding),
             use_bias=self.norm is None,
             kernel_init=self.kernel_init,
             dtype=self.dtype,
@@ -86,6 +92,7 @@ class SeparableConv(nn.Module):
       features: outputs.
       kernel_size: height and width.
       strides: in both directions.
+      padding: as `jax.lax.conv_general_dilated` takes it.
       use_bias: add a bias.
       kernel_init: initialises both kernels.
       dtype: of the computation; parameters are float32.
@@ -94,6 +101,7 @@ class SeparableConv(nn.Module):
     features: int
     kernel_size: tuple[int, int]
     strides: tuple[int, int]
+    padding: Padding = "SAME"
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
     dtype: Any = jnp.float32
@@ -122,7 +130,7 @@ class SeparableConv(nn.Module):
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             self.strides,
-            "SAME",
+            self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
@@ -131,12 +139,25 @@ class SeparableConv(nn.Module):
         return x
 
 
-def pool3x3(x: jax.Array, kind: str, stride: int) -> jax.Array:
-    """Maximum, or average of the positions inside the image, over 3 x 3 positions."""
+def pool3x3(
+    x: jax.Array, kind: str, stride: int, padding: str = "tensorflow"
+) -> jax.Array:
+    """Maximum or average over 3 x 3 positions.
+
+    The average is that of the positions inside the image; with padding "caffe" those
+    outside count as zeros.
+    """
     window, strides = (3, 3), (stride, stride)
     if kind == "max":
         return nn.max_pool(x, window, strides, padding="SAME")
-    return nn.avg_pool(x, window, strides, padding="SAME", count_include_pad=False)
+    counts = padding == "caffe"
+    return nn.avg_pool(x, window, strides, padding="SAME", count_include_pad=counts)
+
+
+def _pads(kernel_size: int, padding: str) -> Padding:
+    if padding == "tensorflow":
+        return "SAME"
+    return [(kernel_size // 2, kernel_size // 2)] * 2
 
 
 def local_response_norm(x: jax.Array) -> jax.Array:

@@ -111,10 +111,12 @@ class InceptionBlock(nn.Module):
     Attributes:
       row: the row.
       convolution: makes a `Convolution` of the network's kind.
+      padding: of `PADDINGS`, for the pool.
     """
 
     row: Row
     convolution: Callable[..., Convolution]
+    padding: str = "tensorflow"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -130,7 +132,7 @@ class InceptionBlock(nn.Module):
         branches.append(
             convolution(row.double3x3, 3, row.stride, name="double3x3_2")(y)
         )
-        y = pool3x3(x, row.pool, row.stride)
+        y = pool3x3(x, row.pool, row.stride, self.padding)
         if row.pool_projection:
             y = convolution(row.pool_projection, name="pool_projection")(y)
         branches.append(y)
@@ -154,6 +156,8 @@ class Inception(nn.Module):
       width: what all channels are multiplied by.
       pool_projection: 96 or 128, of rows 4c and 4d.
       separable_stem: factor the first convolution, as the paper does.
+      padding: of `PADDINGS`.
+      input_shift: added to each channel of the images; () for nothing.
       per_activation_rows: rows whose norm keeps one mean and variance per activation.
       auxiliary_head: a second classifier on row 4a, as GoogLeNet's. The paper names
         none, but only with one does the network have its 13.6 million parameters.
@@ -169,6 +173,8 @@ class Inception(nn.Module):
     width: float = 1.0
     pool_projection: int = 96
     separable_stem: bool = True
+    padding: str = "tensorflow"
+    input_shift: tuple[float, ...] = ()
     per_activation_rows: tuple[str, ...] = ()
     auxiliary_head: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
@@ -207,6 +213,7 @@ class Inception(nn.Module):
                 stride,
                 norm=norm,
                 activation=self.activation,
+                padding=self.padding,
                 per_activation=row in self.per_activation_rows,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
@@ -217,6 +224,8 @@ class Inception(nn.Module):
         strides = stem_strides(min(images.shape[1:3]))
         respond = local_response_norm if self.local_response_norm else _identity
         x = images.astype(self.dtype)
+        if self.input_shift:
+            x = x + jnp.asarray(self.input_shift, self.dtype)
         x = convolution(
             first, 7, strides[0], separable=self.separable_stem, name="conv1"
         )(x)
@@ -227,7 +236,7 @@ class Inception(nn.Module):
         auxiliary = None
         for row in table_rows(self.width, self.pool_projection):
             of_row = functools.partial(convolution, row=row.name)
-            x = InceptionBlock(row, of_row, name=f"row_{row.name}")(x)
+            x = InceptionBlock(row, of_row, self.padding, name=f"row_{row.name}")(x)
             if row.name == AUXILIARY_ROW and self.auxiliary_head:
                 head = AuxiliaryHead(
                     self.num_classes, self.width, convolution, name="auxiliary"

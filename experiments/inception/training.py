@@ -68,7 +68,7 @@ def run(
         experiment = Experiment(config, data.train.num_classes, network)
         print_once(dry_run.report(config, _measure(experiment, data)))
         return
-    with open_run(workdir, _described(config, data), CONFIGURATION):
+    with open_run(workdir, described(config, data), CONFIGURATION):
         summary_path = workdir / "summary.json"
         if summary_path.exists():
             print_once(f"{workdir} holds this run, finished; nothing to do.")
@@ -85,7 +85,7 @@ def run(
     )
 
 
-def _described(config: Mapping[str, Any], data: Data) -> dict[str, Any]:
+def described(config: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """A configuration, and what else the numbers of a run depend on."""
     feed = "device" if data.on_device else "files"
     return {**config, "data": data.description, "feed_used": feed}
@@ -125,6 +125,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         table_rows(config["width"], config["pool_projection"])
     except ValueError as error:
         raise ConfigError(f"--config.{error}") from None
+    if len(config["input_shift"]) not in (0, 3):
+        raise ConfigError(
+            f"--config.input_shift={config['input_shift']}: expected three numbers, of "
+            "red, green and blue, or ()."
+        )
     parallel.check_launch(config)
     parallel.check_divisible(config["eval_batch_size"], "eval_batch_size")
 

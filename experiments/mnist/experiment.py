@@ -5,9 +5,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.configuration.fields import as_tuple
 from experiments.data.device_feed import DeviceFeed
@@ -15,6 +17,7 @@ from experiments.data.image_set import ImageSet, to_inputs
 from experiments.distributed import parallel
 from experiments.mnist.network import MLP
 from experiments.training import evaluation, steps
+from experiments.training.optimisers import PLAIN_SGD
 from experiments.training.state import TrainState
 
 States = Mapping[str, TrainState]
@@ -41,6 +44,8 @@ def make_replicas(config: Mapping[str, Any]) -> Replicas:
 class Experiment:
     """Trains and measures all networks and replicas at once, on all devices."""
 
+    optimiser: optax.GradientTransformation = PLAIN_SGD
+
     def __init__(self, config: Mapping[str, Any], data: ImageSet) -> None:
         """Puts the data on the devices; functions compile when they are first called.
 
@@ -49,19 +54,8 @@ class Experiment:
           data: training and test images.
         """
         self.config = config
-        self.replicas = make_replicas(config)
-        network = functools.partial(
-            MLP,
-            hidden=tuple(config["hidden"]),
-            num_classes=data.num_classes,
-            decay=config["decay"],
-            epsilon=config["epsilon"],
-            **parallel.moments_axes(config["moments"]),
-        )
-        self.models = {
-            "baseline": network(batch_norm=False),
-            "batch_norm": network(batch_norm=True),
-        }
+        self.replicas = self.make_replicas()
+        self.models = self.make_models(data.num_classes)
         self.pixel_scale = 1.0 if config["binarise"] else 1 / 255
         images = to_inputs(data.train_images, config["binarise"])
         self.num_inputs = images.shape[1]
@@ -79,7 +73,7 @@ class Experiment:
             parallel.shard(parallel.own_part(array, axis=0), axis=0) for array in padded
         ]
         self._num_test = len(test_images)
-        self._probe = jnp.asarray(test_images[: config["probe_examples"]])
+        self._probe = jnp.asarray(test_images[: config.get("probe_examples", 0)])
 
         def bind(function: Any, **options: Any) -> Any:
             return functools.partial(function, self.models, self.pixel_scale, **options)
@@ -89,7 +83,7 @@ class Experiment:
         )
         average = {"average_statistics": config["moments"] != parallel.GLOBAL}
         self._train_steps = over_devices(
-            bind(steps.train_steps, **average),
+            bind(steps.train_steps, optimiser=self.optimiser, **average),
             in_axes=(None, None, None, 0),
             donate_argnums=(0,),
         )
@@ -101,6 +95,25 @@ class Experiment:
             bind(evaluation.count_correct), in_axes=(None, 0, 0, 0)
         )
         self._sigmoid_inputs = jax.jit(bind(evaluation.sigmoid_inputs))
+
+    def make_replicas(self) -> Any:
+        """What the runs that train side by side differ in, `seed` and more."""
+        return make_replicas(self.config)
+
+    def make_models(self, num_classes: int) -> Mapping[str, nn.Module]:
+        """The networks, by name."""
+        network = functools.partial(
+            MLP,
+            hidden=tuple(self.config["hidden"]),
+            num_classes=num_classes,
+            decay=self.config["decay"],
+            epsilon=self.config["epsilon"],
+            **parallel.moments_axes(self.config["moments"]),
+        )
+        return {
+            "baseline": network(batch_norm=False),
+            "batch_norm": network(batch_norm=True),
+        }
 
     def name_replica(self, network: str, replica: int) -> str:
         """What a replica of a network differs from the others in, in words."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -21,11 +21,12 @@ from experiments.running.stopping import FAILED, INTERRUPTED, TRY_AGAIN, Stopped
 
 
 def launch(
-    main: Callable[[dict[str, Any], Path, str | None], None],
+    main: Callable[..., None],
     configuration: str,
     documentation: str | None,
     *,
     workdir: str,
+    positional: Sequence[str] = (),
 ) -> None:
     """Parses the command line and runs a command.
 
@@ -35,23 +36,27 @@ def launch(
 
     Args:
       main: the command, called with the configuration, the folder for the results and
-        that of the data, or None, when flags are parsed.
+        that of the data, or None, when flags are parsed; and with the positional
+        arguments.
       configuration: name of the module of the default configuration. It has
         `get_config` and `CONFIGURATION`.
       documentation: what --help says first.
       workdir: the default folder for the results, in which keys of the configuration
         may stand in braces.
+      positional: names of the arguments that are no flags.
     """
     output.protect()
     stopping.begin()
-    _launch(main, importlib.import_module(configuration), documentation, workdir)
+    module = importlib.import_module(configuration)
+    _launch(main, module, documentation, workdir, positional)
 
 
 def _launch(
-    main: Callable[[dict[str, Any], Path, str | None], None],
+    main: Callable[..., None],
     configuration: ModuleType,
     documentation: str | None,
     workdir: str,
+    positional: Sequence[str],
 ) -> None:
     from experiments.configuration.fields import Role
 
@@ -116,8 +121,11 @@ def _launch(
         from experiments.distributed import processes
         from experiments.running import provenance
 
-        if len(arguments) > 1:
-            _fail(f"unexpected argument {arguments[1]!r} (see --help)")
+        _, *others = arguments
+        for missing in positional[len(others) :]:
+            _fail(f"the argument {missing} is missing (see --help)")
+        for unexpected in others[len(positional) :]:
+            _fail(f"unexpected argument {unexpected!r} (see --help)")
         config = flag.value.to_dict()
         results = _local("workdir", folder.value)
         data_folder = _local("data_dir", data.value)
@@ -126,7 +134,8 @@ def _launch(
             processes.check_same(
                 {**config, **provenance.settings(), **provenance.versions()}
             )
-            main(config, Path(results or workdir.format(**config)), data_folder)
+            place = Path(results or workdir.format(**config))
+            main(config, place, data_folder, *others)
 
     app.run(run, flags_parser=parse)
 

@@ -160,6 +160,7 @@ def train_steps(
     labels: jax.Array,
     indices: jax.Array,
     *,
+    optimiser: optax.GradientTransformation = PLAIN_SGD,
     average_statistics: bool = False,
 ) -> tuple[dict[str, TrainState], dict[str, jax.Array]]:
     """Many steps of several networks, of several replicas each, in one `lax.scan`.
@@ -173,12 +174,15 @@ def train_steps(
       images: (examples, inputs), uint8: all of the training set.
       labels: (examples,), int32.
       indices: (steps, replicas, batch), int32: this device's share of each batch.
+      optimiser: as for `train_step`.
       average_statistics: as for `train_step`.
 
     Returns:
       New states, and each network's losses, (steps, replicas).
     """
-    one_step = functools.partial(train_step, average_statistics=average_statistics)
+    one_step = functools.partial(
+        train_step, optimiser=optimiser, average_statistics=average_statistics
+    )
 
     def step(
         states: dict[str, TrainState], index: jax.Array

@@ -14,7 +14,7 @@ from experiments.data.datasets import load_splits
 from experiments.data.errors import DataError
 from experiments.distributed import parallel
 from experiments.inception.comparison.runs import CONFIG_FILE, Run, group_runs
-from experiments.inception.config import CONFIGURATION
+from experiments.inception.config import CONFIGURATION, CONVENTIONS
 from experiments.inception.config import NETWORK as NETWORK_FIELDS
 from experiments.inception.data import Data, LoadSplits
 from experiments.inception.experiment import NETWORK, Experiment
@@ -140,8 +140,8 @@ def load_networks(
     networks = []
     for run in runs:
         # Networks that differ in how they were trained share what is compiled.
-        inference = {key: run.config[key] for key in (*SHARED_KEYS, *NETWORK_FIELDS)}
-        config = CONFIGURATION.values() | inference
+        keys = {*SHARED_KEYS, *NETWORK_FIELDS, *CONVENTIONS} & run.config.keys()
+        config = CONFIGURATION.values() | {key: run.config[key] for key in keys}
         experiment = Experiment(config, data.test.num_classes, network)
         step, state = _restore(run, statistics, experiment)
         networks.append(

@@ -12,6 +12,7 @@ from experiments.inception.config import (
 )
 from experiments.inception.experiment import learning_rates
 from experiments.inception.training import check_config
+from experiments.weights.namings import NAMINGS
 
 ENSEMBLE = [f"ensemble_{number}" for number in range(1, 7)]
 BASELINES = ["inception", "inception_x5", "inception_sigmoid", "inception_he"]
@@ -35,6 +36,7 @@ def test_all_of_the_papers_models_are_there():
         *BASELINES,
         *("bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid"),
         *ENSEMBLE,
+        *(naming.variant for naming in NAMINGS),
     }
 
 

@@ -266,6 +266,8 @@ def test_a_finished_run_does_nothing(copied, monkeypatch, capsys):
         "crop_fraction": [0.0, 1.1],
         "activation": ["gelu", ""],
         "pool_projection": [64],
+        "padding": ["SAME"],
+        "input_shift": [(0.1,), (1.0, 2.0)],
         "initialisation": ["zero"],
         "dtype": ["float16"],
         "shuffle": ["all"],

@@ -57,6 +57,8 @@ class TinyInception(nn.Module):
     width: float = 1.0
     pool_projection: int = 96
     separable_stem: bool = True
+    padding: str = "tensorflow"
+    input_shift: tuple[float, ...] = ()
     per_activation_rows: tuple[str, ...] = ()
     auxiliary_head: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()

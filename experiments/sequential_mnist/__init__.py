@@ -1,0 +1,1 @@
+"""Images as sequences: LSTMs with and without recurrent batch normalisation."""
