@@ -24,11 +24,10 @@ from experiments.configuration.fields import (
 )
 from experiments.configuration.shared import launching, population_batches
 from experiments.data.distortions import STRENGTHS
+from experiments.inception.initialisation import KINDS as INITIALISATIONS
 from experiments.inception.layers import ACTIVATIONS
 from experiments.inception.network import POOL_PROJECTIONS, TABLE
 from experiments.training.optimisers import OPTIMISERS, SCHEDULES, named
-
-INITIALISATIONS = ("gaussian", "he")
 
 # What a trained network computes. The defaults are the paper's baseline, at its size.
 NETWORK = {
@@ -62,10 +61,13 @@ START = {
     "dropout_rate": Field(0.4, "before the softmax layer", share()),
     # It remembers a thousand steps, short beside millions.
     "decay": Field(0.999, "of the moving average of batch statistics", share()),
-    # The paper's time drew weights from small Gaussians; it gives no deviation. This
-    # one lets a signal through 23 rectified layers of the paper's widths.
+    # The paper gives none for Inception, a variant of GoogLeNet. That network's train
+    # without batch normalisation; with one deviation in all layers none do.
     "initialisation": Field(
-        "gaussian", "of the weights; he: He et al. 2015", choices=INITIALISATIONS
+        "googlenet",
+        "of weights: googlenet: a deviation a kind of layer, and biases of 0.2; "
+        "gaussian: one deviation; he: He et al. 2015",
+        choices=INITIALISATIONS,
     ),
     "initial_std": Field(
         0.05, "standard deviation of gaussian initial weights", positive()
@@ -104,6 +106,10 @@ TRAINING = {
     ),
     "decay_speed": Field(
         1.0, "how many times faster the variant's rate decays", positive()
+    ),
+    # The paper's replicas worked side by side; it doesn't say how late they were.
+    "gradient_delay": Field(
+        0, "steps by which gradients are those of older parameters", at_least(0)
     ),
     "l2_weight": Field(
         2e-4, "of the penalty on weights, half of it times their squares", share()

@@ -4,12 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 import bn_jax.linen
 from experiments.distributed import parallel
 from experiments.inception.config import NETWORK, START
+from experiments.inception.initialisation import Initialisation
 from experiments.inception.network import Inception
 
 
@@ -51,13 +51,11 @@ def _make_model(network: Any, num_classes: int, **config: Any) -> Any:
         separable_stem=config["separable_stem"],
         per_activation_rows=config["per_activation_rows"],
         auxiliary_head=config["auxiliary_head"],
-        kernel_init=_initialiser(config),
+        initialisation=Initialisation(
+            config["initialisation"],
+            config["initial_std"],
+            config["initial_scale"],
+            config["width"],
+        ),
         dtype=jnp.dtype(config["dtype"]),
     )
-
-
-def _initialiser(config: Mapping[str, Any]) -> nn.initializers.Initializer:
-    scale = config["initial_scale"]
-    if config["initialisation"] == "he":
-        return nn.initializers.variance_scaling(2 * scale**2, "fan_in", "normal")
-    return nn.initializers.normal(config["initial_std"] * scale)

@@ -34,6 +34,7 @@ class Convolution(nn.Module):
       separable: one convolution per input channel, then a 1x1 convolution.
       per_activation: one mean and variance per activation, not per feature map.
       kernel_init: initialises weights.
+      bias_init: initialises biases.
       dtype: of the computation; parameters are float32.
     """
 
@@ -45,6 +46,7 @@ class Convolution(nn.Module):
     separable: bool = False
     per_activation: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -57,6 +59,7 @@ class Convolution(nn.Module):
             (self.stride,) * 2,
             use_bias=self.norm is None,
             kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
             dtype=self.dtype,
             name="conv",
         )(x)
@@ -88,6 +91,7 @@ class SeparableConv(nn.Module):
       strides: in both directions.
       use_bias: add a bias.
       kernel_init: initialises both kernels.
+      bias_init: initialises biases.
       dtype: of the computation; parameters are float32.
     """
 
@@ -96,6 +100,7 @@ class SeparableConv(nn.Module):
     strides: tuple[int, int]
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -126,7 +131,7 @@ class SeparableConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", self.bias_init, (self.features,))
             x = x + bias.astype(self.dtype)
         return x
 

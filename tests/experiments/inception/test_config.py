@@ -127,7 +127,8 @@ def test_the_defaults_are_the_papers():
         "separable_stem": True,
         "pool_projection": 96,
         "auxiliary_head": False,
-        "initialisation": "gaussian",
+        "initialisation": "googlenet",
+        "gradient_delay": 0,
         "dtype": "float32",
     }
     assert config | expected == config
