@@ -42,8 +42,9 @@ class Data:
           load: opens the training and the test examples.
 
         Raises:
-          ConfigError: a batch is larger than the training set, or the set does not fit
-            on the devices though it shall.
+          ConfigError: a batch is larger than the training set, the set does not fit
+            on the devices though it shall, or it lies in one file, which leaves
+            nothing to shuffle.
           DataError: there is no such data set, or it cannot be read.
         """
         self._config = config
@@ -58,6 +59,12 @@ class Data:
             raise ConfigError(
                 f"--config.batch_size={config['batch_size']} is more than the "
                 f"{len(self.train)} training examples; use a smaller one."
+            )
+        if config["shuffle"] == "shards" and len(self.train.shard_lengths) < 2:
+            raise ConfigError(
+                "--config.shuffle=shards: the training examples lie in one file, so "
+                "that every epoch would have the same order: expected several files; "
+                "use --config.shuffle=examples."
             )
         self.on_device = self._is_on_device()
 

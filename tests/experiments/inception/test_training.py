@@ -299,6 +299,22 @@ def test_nothing_is_made_for_an_impossible_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "shuffle", "refused"),
+    [(1, "shards", True), (2, "shards", False), (1, "examples", False)],
+)
+def test_one_file_cannot_be_shuffled_by_files(monkeypatch, files, shuffle, refused):
+    lengths = property(lambda split: [len(split) // files] * files)
+    monkeypatch.setattr(tiny_inception.TinySplit, "shard_lengths", lengths)
+    config = CONFIG | {"shuffle": shuffle}
+    if not refused:
+        tiny_data(config)
+        return
+    with pytest.raises(ConfigError, match=r"^--config\.shuffle=shards: ") as caught:
+        tiny_data(config)
+    assert "use --config.shuffle=examples." in str(caught.value)
+
+
 def test_missing_keys_are_named(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "momentum"}
     with pytest.raises(ConfigError, match="lacks momentum;"):
@@ -538,10 +554,13 @@ def test_training_on_the_devices_is_of_the_same_examples(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_on_the_devices_goes_on_to_the_same_bits(tmp_path):
-    run_tiny(DEVICE, tmp_path / "whole")
-    stop_run(tmp_path / "run", DEVICE, Experiment, "step", 6)
-    run_tiny(DEVICE, tmp_path / "run")
+@pytest.mark.parametrize("gradient_delay", [0, 3])
+def test_a_run_on_the_devices_goes_on_to_the_same_bits(tmp_path, gradient_delay):
+    """With gradients under way, too."""
+    config = DEVICE | {"gradient_delay": gradient_delay}
+    run_tiny(config, tmp_path / "whole")
+    stop_run(tmp_path / "run", config, Experiment, "step", 6)
+    run_tiny(config, tmp_path / "run")
     for name in RESULTS:
         one, other = (
             (tmp_path / each / name).read_bytes() for each in ("run", "whole")
