@@ -6,6 +6,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# What commands compile is not kept for later runs of the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
 

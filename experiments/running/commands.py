@@ -19,6 +19,7 @@ from experiments.distributed import processes
 from experiments.distributed.parallel import DeviceError
 from experiments.distributed.preemption import PreemptedError, raise_on_sigterm
 from experiments.distributed.processes import Address, ProcessesError
+from experiments.running.compilation_cache import use_compilation_cache
 from experiments.running.run_folder import LostProcessError
 from experiments.running.workdir import WorkdirError
 
@@ -110,6 +111,7 @@ def launch(
         if len(arguments) > 1:
             _fail(f"unexpected argument {arguments[1]!r} (see --help)")
         raise_on_sigterm()
+        use_compilation_cache()
         with _one_line_errors("; the same command goes on from the last checkpoint."):
             start_processes()
             config = flag.value.to_dict()
@@ -140,6 +142,7 @@ def launch_with_arguments(
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
+        use_compilation_cache()
         with _one_line_errors("."):
             main(list(arguments[1:]))
 
