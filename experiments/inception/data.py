@@ -67,6 +67,7 @@ class Data:
                 "use --config.shuffle=examples."
             )
         self.on_device = self._is_on_device()
+        self._tested: dict[int, list[ImageBatch]] = {}  # by their number
 
     def _is_on_device(self) -> bool:
         """Whether training examples lie on the devices, or come from files."""
@@ -142,13 +143,27 @@ class Data:
     def testing(self, num_examples: int = 0, crops: int = 1) -> Generator[ImageBatch]:
         """The first test examples, or (0) all of them.
 
-        Several crops share out a batch's images among fewer examples.
+        Several crops share out a batch's images among fewer examples. Where training
+        examples lie on the devices, single crops do, too, after the first time.
         """
+        count = min(num_examples or len(self.test), len(self.test))
+        num_bytes = count * 3 * self._config["image_size"] ** 2
+        if crops > 1 or not self.on_device or not fits_on_device(num_bytes):
+            yield from self._testing(count, crops)
+            return
+        if count not in self._tested:
+            self._tested[count] = [
+                ImageBatch(*map(parallel.place, batch))
+                for batch in self._testing(count, crops)
+            ]
+        yield from self._tested[count]
+
+    def _testing(self, count: int, crops: int) -> Generator[ImageBatch]:
         config, devices = self._config, jax.device_count()
         batch_size = config["eval_batch_size"] // crops // devices * devices
         return evaluation_batches(
             self.test,
-            min(num_examples or len(self.test), len(self.test)),
+            count,
             batch_size=max(batch_size, devices),
             crops=crops,
             workers=self._workers,

@@ -12,6 +12,7 @@ from experiments.configuration.fields import ConfigError
 from experiments.data.batches import batch_indices
 from experiments.data.errors import DataError
 from experiments.data.file_feed import ImageBatch
+from experiments.distributed import parallel
 from experiments.distributed.parallel import DeviceError
 from experiments.inception import data as data_module
 from experiments.inception import training
@@ -566,6 +567,26 @@ def test_a_run_on_the_devices_goes_on_to_the_same_bits(tmp_path, gradient_delay)
             (tmp_path / each / name).read_bytes() for each in ("run", "whole")
         )
         assert one == other, name
+
+
+def test_test_images_are_decoded_once_where_training_images_lie_on_devices(monkeypatch):
+    data, decoded = tiny_data(DEVICE), []
+    original = tiny_inception.TinySplit.evaluation_example
+
+    def count(split, index, crops):
+        decoded.append(index)
+        return original(split, index, crops)
+
+    monkeypatch.setattr(tiny_inception.TinySplit, "evaluation_example", count)
+    files = list(tiny_data(CONFIG).testing(24))
+    for expected in 2 * len(decoded), 2 * len(decoded):
+        batches = list(data.testing(24))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            [np.asarray(each) for batch in batches for each in batch],
+            [parallel.shard(each, axis=0) for batch in files for each in batch],
+        )
+        assert len(decoded) == expected
 
 
 def test_another_feed_is_not_gone_on_with(copied):
