@@ -86,8 +86,8 @@ def run_sweep(
     for name, flags in sweep.comparisons.items():
         _report("compare", workdir, name, flags)
     if sweep.evaluation is not None:
-        flags = [*sweep.evaluation, *_data_flag(data_dir)]
-        _report("evaluate", workdir, "evaluation", flags)
+        own = (*sweep.evaluation, *_data_flag(data_dir))
+        _report("evaluate", workdir, "evaluation", own)
 
 
 def _report(module: str, workdir: Path, name: str, flags: Sequence[str]) -> None:
