@@ -92,7 +92,7 @@ def compare(runs: Sequence[Run], references: Sequence[str] = ()) -> dict[str, An
         "references": levels,
         "rates_tried": [
             {key: models[name][key] for key in ("initial_rate", "best", "state")}
-            for name in tried
+            for name in (tried if len(tried) > 1 else ())
         ],
         "test_set": test_set,
         "chance": chance,

@@ -163,7 +163,7 @@ def _in_the_end(model: Model) -> str:
 
 def _rates_tried(tried: Sequence[Mapping[str, Any]]) -> list[str]:
     """The sweep that the best rate comes from; nothing if there was none."""
-    if len(tried) < 2:
+    if not tried:
         return []
     rows = [
         [f"{each['initial_rate']:g}", spread(each["best"]), each["state"]]

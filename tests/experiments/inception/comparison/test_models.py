@@ -49,7 +49,7 @@ def test_the_reference_sets_the_level():
     assert comparison["references"] == [
         {"name": "inception", "role": "", "level": 72, "step": 20}
     ]
-    assert [rate["initial_rate"] for rate in comparison["rates_tried"]] == [0.3]
+    assert comparison["rates_tried"] == []
     assert model["name"] == "inception"
     assert model["best"] == {
         "step": 20,
