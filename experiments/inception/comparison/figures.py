@@ -12,7 +12,6 @@ from experiments.inception.comparison.tables import (
     digits_to_show,
     level_in_words,
     steps_in_words,
-    steps_to,
 )
 from experiments.running.tables import spread
 
@@ -64,8 +63,9 @@ def figure2(comparison: Comparison) -> Figure:
         panel.set_xlabel("training steps")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation accuracy, %")
-    for panel in panels[1:]:
-        panel.set_title("the beginning", fontsize="medium")
+    titles = ("whole runs", "the beginning") if len(limits) > 1 else ("",)
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, fontsize="medium")
     for place, reference in levels.items():
         words = f"first to reach {level_in_words(reference, digits)}"
         _mark(panels[0], np.nan, np.nan, LEVEL_MARKS[place], "0.4", words)
@@ -93,7 +93,8 @@ def figure3(comparison: Comparison) -> Figure:
     last.set_yticks(range(len(models)), names)
     last.set_ylim(len(models) - 0.5, -0.5)
     for place, (panel, reference) in enumerate(zip(panels, references, strict=True)):
-        panel.set_xlabel(_wrapped(steps_to(reference, digits)))
+        level = level_in_words(reference, digits)
+        panel.set_xlabel(f"steps to {level}\n({_wrapped(reference['name'])})")
         _bars_of_steps(panel, [model["reach"][place] for model in models])
     last.set_xlabel("best accuracy, %")
     _bars_of_accuracy(last, models, references, digits)

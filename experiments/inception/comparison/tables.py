@@ -53,7 +53,14 @@ def comparison_page(comparison: Comparison) -> str:
         )
     header = [
         *("model", "initial rate", "paper"),
-        *(cell for each in references for cell in (steps_to(each, digits), "ratio")),
+        *(
+            cell
+            for each in references
+            for cell in (
+                f"steps to {level_in_words(each, digits)} ({each['name']})",
+                "ratio",
+            )
+        ),
         *("paper, to 72.2%", "ratio", "best accuracy, %", "at step", "in the end, %"),
         "paper",
     ]
@@ -143,11 +150,6 @@ def level_in_words(reference: Comparison, digits: int) -> str:
     """The level to reach, or why there is none."""
     level = reference["level"]
     return "no level: at chance" if level is None else f"{level:.{digits}f}%"
-
-
-def steps_to(reference: Comparison, digits: int) -> str:
-    """What a column or an axis of steps is called."""
-    return f"steps to {level_in_words(reference, digits)} ({reference['name']})"
 
 
 def steps_in_words(reach: Mapping[str, Any]) -> str:

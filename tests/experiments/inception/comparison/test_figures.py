@@ -137,7 +137,7 @@ def test_figures_have_the_digits_that_the_table_needs():
     comparison = compare(runs)
     assert "first to reach 72.000%" in legend_of(figures.figure2(comparison))
     left, right = figures.figure3(comparison).axes
-    assert left.get_xlabel() == "steps to 72.000% (inception)"
+    assert left.get_xlabel() == "steps to 72.000%\n(inception)"
     assert words_of(right) == ["72.000 ± 2.828", "71.996"]
 
 
@@ -159,7 +159,7 @@ def test_figure3_has_bars_with_their_numbers(comparison):
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [model["name"] for model in comparison["models"]]
     assert left.get_xscale() == "linear"
-    assert left.get_xlabel() == "steps to 72.00% (inception)"
+    assert left.get_xlabel() == "steps to 72.00%\n(inception)"
     # The first model is at the top.
     assert left.get_ylim()[0] > left.get_ylim()[1]
 
