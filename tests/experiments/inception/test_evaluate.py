@@ -18,6 +18,7 @@ from tests.experiments.inception.ensembles.test_trained_networks import (
 # The command with a tiny network and data set in place of the real ones.
 TINY_COMMAND = """
 from experiments.inception import evaluate
+from experiments.inception.ensembles.tables import PAPER
 from experiments.running import commands
 from tests.experiments.inception.tiny_inception import TinyInception, load_tiny
 
@@ -67,7 +68,7 @@ def test_evaluates_networks_and_their_ensemble(runs, tmp_path):
     ]
     statistics = [network["statistics"] for network in numbers["networks"]]
     assert statistics == ["population", None]
-    assert len(numbers["paper"]) == 4
+    assert len(numbers["paper"]) == len(PAPER)
     assert numbers["test_set"]["evaluated"] == 19
     page = files["figure4.md"].decode()
     assert page in done.stdout
