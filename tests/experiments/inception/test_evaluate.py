@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.inception.ensembles.tables import PAPER
 from tests.experiments.helpers import REPOSITORY, command_environment, read_files
 from tests.experiments.inception.ensembles.test_trained_networks import (
     change,
@@ -18,7 +19,6 @@ from tests.experiments.inception.ensembles.test_trained_networks import (
 # The command with a tiny network and data set in place of the real ones.
 TINY_COMMAND = """
 from experiments.inception import evaluate
-from experiments.inception.ensembles.tables import PAPER
 from experiments.running import commands
 from tests.experiments.inception.tiny_inception import TinyInception, load_tiny
 
