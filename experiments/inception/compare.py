@@ -6,7 +6,8 @@
 A RUN is the workdir of a run of experiments.inception, finished or not, or a folder
 that contains some. Runs that differ in their seed alone are one model. References are
 the models whose best accuracy the others are to reach: by default Inception without
-batch normalisation at the paper's rate, and at the best of the rates that there are.
+batch normalisation at the paper's rate, and the best of the rates and initial weights
+that there are.
 
 The output folder receives accuracy against steps (figure2.png and .svg), steps to the
 references' best accuracy and best accuracy (figure3.png and .svg), and the numbers

@@ -11,6 +11,7 @@ from experiments.configuration.fields import ConfigError
 from experiments.inception.comparison.runs import SEED_KEYS, Run, group_runs
 
 BASELINE = "inception"  # the variant that the others are compared with
+BASELINE_HE = "inception_he"  # the same with other initial weights
 PAPER_BATCH = 32  # examples a step
 RATE_KEYS = ("learning_rate", "rate_multiple")
 # What accuracy is measured on.
@@ -49,9 +50,9 @@ def compare(runs: Sequence[Run], references: Sequence[str] = ()) -> dict[str, An
 
     Args:
       runs: of any number of models.
-      references: names of models. By default the ones of the variant "inception" at the
-        paper's rate and at the best of its rates; others of its rates are then named in
-        `rates_tried` alone.
+      references: names of models. By default the variant "inception" at the paper's
+        rate, and the best of it and `inception_he`, at whatever rates there are; the
+        others of these are then named in `baselines_tried` alone.
 
     Returns:
       JSON values: the references, each with the level to reach, or None if it learnt
@@ -79,10 +80,8 @@ def compare(runs: Sequence[Run], references: Sequence[str] = ()) -> dict[str, An
             raise _no_reference(f"there is no model --reference={unknown[0]}", models)
         roles = dict.fromkeys(references, "")
     else:
-        family = _baseline(families, models)
-        tried = list(_named(family, families[family]))
-        batch_size = next(iter(families[family].values()))[0].config["batch_size"]
-        roles = _roles([models[name] for name in tried], batch_size)
+        tried = _baselines(families, models)
+        roles = _roles([models[name] for name in tried])
     shown = [models[name] for name in roles]
     shown += [m for name, m in models.items() if name not in (*roles, *tried)]
     levels = [_level(models[name], role) for name, role in roles.items()]
@@ -90,8 +89,11 @@ def compare(runs: Sequence[Run], references: Sequence[str] = ()) -> dict[str, An
         model["reach"] = [_reach(model, level) for level in levels]
     return {
         "references": levels,
-        "rates_tried": [
-            {key: models[name][key] for key in ("initial_rate", "best", "state")}
+        "baselines_tried": [
+            {
+                key: models[name][key]
+                for key in ("name", "initial_rate", "best", "state")
+            }
             for name in (tried if len(tried) > 1 else ())
         ],
         "test_set": test_set,
@@ -165,6 +167,7 @@ def summarise_model(name: str, runs: Sequence[Run], chance: float) -> dict[str, 
         "name": name,
         "variant": runs[0].config["variant"],
         "initial_rate": runs[0].initial_rate,
+        "batch_size": runs[0].config["batch_size"],
         "seeds": [run.config["seed"] for run in runs],
         "folders": [str(run.folder) for run in runs],
         "state": _state(runs, at_chance),
@@ -207,35 +210,44 @@ def _named(family: str, by_rate: Mapping[float, list[Run]]) -> dict[str, list[Ru
     return {f"{family} at {rate:g}": members for rate, members in by_rate.items()}
 
 
-def _baseline(
-    families: Mapping[str, Mapping[float, Sequence[Run]]], models: Collection[str]
-) -> str:
-    """The one family of the paper's Inception without batch normalisation."""
-    found = [
-        name
-        for name, by_rate in families.items()
-        if next(iter(by_rate.values()))[0].config["variant"] == BASELINE
-    ]
-    if len(found) != 1:
+def _baselines(
+    families: Mapping[str, Mapping[float, list[Run]]], models: Collection[str]
+) -> list[str]:
+    """The models that are Inception without batch normalisation, as the paper has it.
+
+    With He's initial weights, too, which train where others do not.
+    """
+    variants = {
+        family: next(iter(by_rate.values()))[0].config["variant"]
+        for family, by_rate in families.items()
+    }
+    if list(variants.values()).count(BASELINE) != 1:
         problem = "it is not clear which models the others are to be compared with"
         raise _no_reference(problem, models)
-    return found[0]
+    return [
+        name
+        for family, variant in variants.items()
+        if variant in (BASELINE, BASELINE_HE)
+        for name in _named(family, families[family])
+    ]
 
 
-def _roles(baselines: Sequence[dict[str, Any]], batch_size: int) -> dict[str, str]:
+def _roles(baselines: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The baseline at the paper's rate and at its best, by name: why they are chosen.
 
     Either alone misleads: the paper's rate is that of a run of millions of steps, and
     the best of some may be one that the paper does not compare with.
     """
-    paper_rate = (PAPER[BASELINE].initial_rate or 0) * batch_size / PAPER_BATCH
     best = max(baselines, key=lambda m: (m["state"] == FINISHED, m["best"]["mean"]))
     roles: dict[str, list[str]] = {}
     for model in baselines:
-        if math.isclose(model["initial_rate"], paper_rate):
+        paper_rate = (PAPER[BASELINE].initial_rate or 0) * model["batch_size"]
+        if model["variant"] == BASELINE and math.isclose(
+            model["initial_rate"], paper_rate / PAPER_BATCH
+        ):
             roles.setdefault(model["name"], []).append("the paper's rate")
     if len(baselines) > 1 or not roles:
-        the_best = f"the best of {len(baselines)} rates" if baselines[1:] else ""
+        the_best = f"the best of {len(baselines)}" if baselines[1:] else ""
         roles.setdefault(best["name"], []).append(the_best)
     return {name: " and ".join(filter(None, why)) for name, why in roles.items()}
 

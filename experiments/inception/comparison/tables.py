@@ -72,7 +72,7 @@ def comparison_page(comparison: Comparison) -> str:
                 "![Accuracy against steps](figure2.png)",
                 table(header, rows),
                 "![Steps to the references' best accuracy](figure3.png)",
-                *_rates_tried(comparison["rates_tried"]),
+                *_baselines_tried(comparison["baselines_tried"]),
                 "## Runs",
                 "Final accuracy on all test examples, top-1 / top-5 in %, by the "
                 "statistics that inference normalises by: their moving average, those "
@@ -163,17 +163,17 @@ def _in_the_end(model: Model) -> str:
     return spread(final["top1"]) if final else NOTHING
 
 
-def _rates_tried(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The sweep that the best rate comes from; nothing if there was none."""
+def _baselines_tried(tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the best baseline was chosen from; nothing if there was no choice."""
     if not tried:
         return []
     rows = [
-        [f"{each['initial_rate']:g}", spread(each["best"]), each["state"]]
+        [each["name"], f"{each['initial_rate']:g}", spread(each["best"]), each["state"]]
         for each in tried
     ]
     return [
-        "## Rates of the reference",
-        table(["initial rate", "best accuracy, %", "state"], rows),
+        "## Baselines that were tried",
+        table(["model", "initial rate", "best accuracy, %", "state"], rows),
     ]
 
 

@@ -42,10 +42,20 @@ BATCH_SIZES = (32, 256)
 DELAYS = (0, 4, 16, 64)  # steps
 
 
+# With He's weights the baseline trains at any width, and best at about ten times the
+# paper's rate.
+HE = SweptRun("inception_he", "inception_he", {"rate_multiple": 10.0})
+
+
 def _baselines() -> list[SweptRun]:
     return [
-        SweptRun(f"inception_{multiple:g}", "inception", {"rate_multiple": multiple})
-        for multiple in BASELINE_MULTIPLES
+        *(
+            SweptRun(
+                f"inception_{multiple:g}", "inception", {"rate_multiple": multiple}
+            )
+            for multiple in BASELINE_MULTIPLES
+        ),
+        HE,
     ]
 
 

@@ -261,7 +261,7 @@ def test_commands_configure_what_the_table_says(name, size, tmp_path):
 
 def test_the_sweep_of_variants_has_all_of_figure_3(tmp_path):
     runs = SWEEPS["variants"].runs
-    assert {run.variant for run in runs} == set(PAPER)
+    assert {run.variant for run in runs} == {*PAPER, "inception_he"}
     # The paper's rate, its failure, and others: the best of them is a reference.
     multiples = {
         run.changes["rate_multiple"] for run in runs if run.variant == "inception"
@@ -384,7 +384,7 @@ def test_comparisons_find_their_references(name, num_seeds, tmp_path):
         names = [reference["name"] for reference in found["references"]]
         assert names == (references or names)
         # Rates of the baseline are in a table of their own.
-        left_out = max(len(found["rates_tried"]) - len(names), 0)
+        left_out = max(len(found["baselines_tried"]) - len(names), 0)
         assert (len(found["models"]) + left_out) * num_seeds == len(runs)
 
 

@@ -49,7 +49,7 @@ def test_the_reference_sets_the_level():
     assert comparison["references"] == [
         {"name": "inception", "role": "", "level": 72, "step": 20}
     ]
-    assert comparison["rates_tried"] == []
+    assert comparison["baselines_tried"] == []
     assert model["name"] == "inception"
     assert model["best"] == {
         "step": 20,
@@ -231,7 +231,7 @@ def test_the_baseline_at_the_papers_and_at_its_best_rate(batch_size):
     paper, best = (f"inception at {batch_size / 32 * r:g}" for r in (0.0015, 0.0075))
     assert comparison["references"] == [
         {"name": paper, "role": "the paper's rate", "level": 40, "step": 20},
-        {"name": best, "role": "the best of 3 rates", "level": 70, "step": 30},
+        {"name": best, "role": "the best of 3", "level": 70, "step": 30},
     ]
     models = comparison["models"]
     names = [paper, best, "bn_x5 at 0.3", "bn_x5 at 21"]
@@ -241,14 +241,31 @@ def test_the_baseline_at_the_papers_and_at_its_best_rate(batch_size):
         {"steps": 15, "outcome": "reached", "ratio": 2},
     ]
     assert models[3]["reach"][1]["outcome"] == "never"
-    tried = comparison["rates_tried"]
+    tried = comparison["baselines_tried"]
     assert [rate["best"]["mean"] for rate in tried] == [40, 70, 60]
 
 
 def test_one_baseline_may_have_the_papers_rate_and_be_the_best():
     (reference,) = compare(baselines(40, 30))["references"]
     assert reference["name"] == "inception at 0.0015"
-    assert reference["role"] == "the paper's rate and the best of 2 rates"
+    assert reference["role"] == "the paper's rate and the best of 2"
+
+
+def test_he_s_weights_are_a_baseline_too():
+    """They are not the paper's, but may train where its do not."""
+    runs = baselines(10, 10)
+    he = make_run("inception_he", {0: 10, 30: 80}, learning_rate=0.0015)
+    he = he._replace(config=he.config | {"rate_multiple": 1.0})
+    comparison = compare([*runs, he, make_run("bn_x5", {0: 10, 10: 80})])
+    found = [
+        (each["name"], each["role"], each["level"]) for each in comparison["references"]
+    ]
+    assert found == [
+        ("inception at 0.0015", "the paper's rate", None),
+        ("inception_he", "the best of 3", 80),
+    ]
+    assert [model["name"] for model in comparison["models"]][2:] == ["bn_x5"]
+    assert len(comparison["baselines_tried"]) == 3
 
 
 def test_a_rate_that_diverged_is_not_the_best():
@@ -261,7 +278,7 @@ def test_a_rate_that_diverged_is_not_the_best():
 def test_without_the_papers_rate_the_best_one_remains():
     runs = baselines(40, 50, 60)[1:]
     (reference,) = compare(runs)["references"]
-    assert reference["role"] == "the best of 2 rates"
+    assert reference["role"] == "the best of 2"
     assert reference["level"] == 60
 
 

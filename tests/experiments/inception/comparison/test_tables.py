@@ -135,13 +135,13 @@ def test_two_references_and_the_rates_they_were_chosen_from():
         [learnt_nothing, nothing, "15", "2.00"],
     ]
     assert rates == [
-        ["initial rate", "best accuracy, %", "state"],
-        ["0.0015", "10.00", "stayed at chance"],
-        ["0.0075", "70.00", "finished"],
-        ["0.015", "60.00", "finished"],
+        ["model", "initial rate", "best accuracy, %", "state"],
+        ["inception at 0.0015", "0.0015", "10.00", "stayed at chance"],
+        ["inception at 0.0075", "0.0075", "70.00", "finished"],
+        ["inception at 0.015", "0.015", "60.00", "finished"],
     ]
     assert "inception at 0.0015 (the paper's rate): it stayed at chance" in page
-    assert "inception at 0.0075 (the best of 3 rates): its best accuracy" in page
+    assert "inception at 0.0075 (the best of 3): its best accuracy" in page
 
 
 @pytest.mark.parametrize(
