@@ -51,6 +51,8 @@ class Step(NamedTuple):
 
 def main(arguments: argparse.Namespace) -> None:
     """Runs what is not finished yet."""
+    # So that a step ends with this command, whoever stops it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     table = steps(folder, arguments.data_dir, arguments.tiny)
