@@ -316,7 +316,7 @@ def _share(count: int, seeds: int) -> str:
 def _reach(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
     """The steps to a reference's level, or in words what happened instead."""
     if reference["level"] is None:
-        return {"steps": None, "outcome": "the reference learnt nothing", "ratio": None}
+        return {"steps": None, "outcome": "the reference is at chance", "ratio": None}
     curve = model["curve"]
     for step, accuracy in zip(curve["steps"], curve["mean"], strict=True):
         if accuracy >= reference["level"] - TOLERANCE:

@@ -211,7 +211,8 @@ def _reference_in_words(model: Model, reference: Model, digits: int) -> list[str
     why = f" ({reference['role']})" if reference["role"] else ""
     name = f"A reference is {reference['name']}{why}"
     if reference["level"] is None:
-        return [f"{name}: it stayed at chance, so that there is nothing to reach."]
+        so_far = "stayed" if model["finished"] else "is not finished, and so far"
+        return [f"{name}: it {so_far} at chance, so that there is nothing to reach."]
     level = level_in_words(reference, digits)
     sentences = [
         f"{name}: its best accuracy, {level}, at step {reference['step']:,}, is to be "

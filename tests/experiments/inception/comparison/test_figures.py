@@ -182,7 +182,7 @@ def test_figure3_when_the_reference_never_learnt():
     runs = [make_run("inception", {0: 10}), make_run("bn_x5", {0: 9, 10: 9.5})]
     left, _ = figures.figure3(compare(runs)).axes
     assert list(left.patches) == []
-    assert words_of(left) == ["the reference learnt nothing"] * 2
+    assert words_of(left) == ["the reference is at chance"] * 2
     assert left.get_xlabel() == "steps to no level: at chance\n(inception)"
 
 

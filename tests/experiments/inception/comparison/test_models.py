@@ -190,7 +190,7 @@ def test_without_an_evaluation_of_untrained_networks_nothing_is_chance():
 
 
 @pytest.mark.parametrize("summary", [FINISHED, diverged(12), None])
-def test_a_reference_that_learnt_nothing_has_no_level(summary):
+def test_a_reference_that_at_chance_has_no_level(summary):
     """Everything would reach it at once."""
     runs = [
         make_run("inception", {0: 10, 10: 9}, summary=summary),
@@ -200,7 +200,7 @@ def test_a_reference_that_learnt_nothing_has_no_level(summary):
     assert comparison["references"][0]["level"] is None
     for model in comparison["models"]:
         assert model["reach"] == [
-            {"steps": None, "outcome": "the reference learnt nothing", "ratio": None}
+            {"steps": None, "outcome": "the reference is at chance", "ratio": None}
         ]
 
 

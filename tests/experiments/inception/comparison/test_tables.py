@@ -128,11 +128,11 @@ def test_two_references_and_the_rates_they_were_chosen_from():
     assert [row[0] for row in table[1:]] == [
         *("inception at 0.0015", "inception at 0.0075", "bn_x5"),
     ]
-    learnt_nothing = "the reference learnt nothing"
+    at_chance = "the reference is at chance"
     assert [row[3:7] for row in table[1:]] == [
-        [learnt_nothing, nothing, "stayed at chance", nothing],
-        [learnt_nothing, nothing, "30", "1.00"],
-        [learnt_nothing, nothing, "15", "2.00"],
+        [at_chance, nothing, "stayed at chance", nothing],
+        [at_chance, nothing, "30", "1.00"],
+        [at_chance, nothing, "15", "2.00"],
     ]
     assert rates == [
         ["model", "initial rate", "best accuracy, %", "state"],
@@ -161,6 +161,10 @@ def test_two_references_and_the_rates_they_were_chosen_from():
         "chance": (
             [make_run("inception", {0: 1, 5: 1})],
             "stayed at chance, so that there is nothing to reach",
+        ),
+        "chance so far": (
+            [make_run("inception", {0: 1, 5: 1}, summary=None)],
+            "is not finished, and so far at chance, so that there is nothing",
         ),
         "batches": (
             [*REFERENCE, make_run("bn_x5", {0: 1}, batch_size=1_024)],
