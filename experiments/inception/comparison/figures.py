@@ -1,7 +1,7 @@
 """Pictures of compared runs: the paper's figures 2 and 3, and accuracy against rate."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,7 @@ def figure2(comparison: Comparison) -> Figure:
       comparison: as `experiments.inception.comparison.models.compare` makes it.
     """
     models, digits = comparison["models"], digits_to_show(comparison)
-    # The place of each level among the references, which have learnt something.
-    levels = {
-        place: reference
-        for place, reference in enumerate(comparison["references"])
-        if reference["level"] is not None
-    }
+    levels = _levels(comparison)
     limits = _limits(models)
     figure = Figure(figsize=(4 + 4.5 * len(limits), 4.5), layout="constrained")
     panels = figure.subplots(1, len(limits), sharey=True, squeeze=False)[0]
@@ -84,20 +79,20 @@ def figure3(comparison: Comparison) -> Figure:
     Args:
       comparison: as `experiments.inception.comparison.models.compare` makes it.
     """
-    models, references = comparison["models"], comparison["references"]
-    digits = digits_to_show(comparison)
-    size = (3 + 3.5 * (1 + len(references)), 1.5 + 0.5 * len(models))
+    models, digits = comparison["models"], digits_to_show(comparison)
+    levels = _levels(comparison)
+    size = (3 + 3.5 * (1 + len(levels)), 1.5 + 0.5 * len(models))
     figure = Figure(figsize=size, layout="constrained")
-    *panels, last = figure.subplots(1, len(references) + 1, sharey=True)
+    *panels, last = figure.subplots(1, len(levels) + 1, sharey=True, squeeze=False)[0]
     names = [_wrapped(model["name"]) for model in models]
     last.set_yticks(range(len(models)), names)
     last.set_ylim(len(models) - 0.5, -0.5)
-    for place, (panel, reference) in enumerate(zip(panels, references, strict=True)):
+    for panel, (place, reference) in zip(panels, levels.items(), strict=True):
         level = level_in_words(reference, digits)
         panel.set_xlabel(f"steps to {level}\n({_wrapped(reference['name'])})")
         _bars_of_steps(panel, [model["reach"][place] for model in models])
     last.set_xlabel("best accuracy, %")
-    _bars_of_accuracy(last, models, references, digits)
+    _bars_of_accuracy(last, models, levels.values(), digits)
     return figure
 
 
@@ -141,6 +136,15 @@ def accuracy_against_rate(comparison: Comparison) -> Figure:
         handles, labels, loc="outside right upper", fontsize="small", handlelength=3
     )
     return figure
+
+
+def _levels(comparison: Comparison) -> dict[int, Mapping[str, Any]]:
+    """The references that learnt something, by their place among all of them."""
+    return {
+        place: reference
+        for place, reference in enumerate(comparison["references"])
+        if reference["level"] is not None
+    }
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -223,12 +227,11 @@ def _bars_of_steps(axes: Any, reaches: Sequence[Mapping[str, Any]]) -> None:
 def _bars_of_accuracy(
     axes: Any,
     models: Sequence[Model],
-    references: Sequence[Mapping[str, Any]],
+    references: Iterable[Mapping[str, Any]],
     digits: int,
 ) -> None:
     for reference in references:
-        if reference["level"] is not None:
-            axes.axvline(reference["level"], color="0.4", linestyle="--", lw=0.8)
+        axes.axvline(reference["level"], color="0.4", linestyle="--", lw=0.8)
     for position, model in enumerate(models):
         mean, std = model["best"]["mean"], model["best"]["std"] or 0
         color = line_style(position)["color"]

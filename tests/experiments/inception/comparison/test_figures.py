@@ -178,12 +178,13 @@ def test_figure3_has_a_logarithmic_axis_where_bars_would_vanish():
     assert [bar.get_x() for bar in left.patches] == [start, start]
 
 
-def test_figure3_when_the_reference_never_learnt():
-    runs = [make_run("inception", {0: 10}), make_run("bn_x5", {0: 9, 10: 9.5})]
-    left, _ = figures.figure3(compare(runs)).axes
-    assert list(left.patches) == []
-    assert words_of(left) == ["the reference is at chance"] * 2
-    assert left.get_xlabel() == "steps to no level: at chance\n(inception)"
+def test_a_reference_that_never_learnt_has_no_panel_and_no_mark():
+    runs = [make_run("inception", {0: 10}), make_run("bn_x5", {0: 9, 10: 90})]
+    comparison = compare(runs)
+    (accuracy,) = figures.figure3(comparison).axes
+    assert words_of(accuracy) == ["10.00", "90.00"]
+    figure = figures.figure2(comparison)
+    assert legend_of(figure) == ["inception\nstayed at chance", "bn_x5"]
 
 
 def test_two_references_have_a_panel_and_a_mark_each():
