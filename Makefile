@@ -8,7 +8,7 @@ version := $(shell $(PYTHON) -c 'import platform; print(platform.python_version(
 environment := $(VENV)/.made-with-$(version)
 sources := pyproject.toml bn_jax/__init__.py
 
-.PHONY: mnist test test-core test-slow lint types benchmarks docs package
+.PHONY: mnist test test-core test-slow lint types benchmarks docs package gpu
 
 mnist: $(environment)/installed-experiments
 	$(run) -m experiments.mnist
@@ -26,6 +26,11 @@ test-slow: $(environment)/installed-test
 # With another Python that has TensorFlow: make benchmarks TENSORFLOW_PYTHON=...
 benchmarks: $(environment)/installed-benchmarks
 	$(run) -m benchmarks.all $(TENSORFLOW_PYTHON:%=--tensorflow_python=%)
+
+# All that only a GPU can show; the same command goes on where it was. With Tiny ImageNet:
+# make gpu DATA=DIR. A rehearsal without a GPU: make gpu GPU_FLAGS=--tiny
+gpu: $(environment)/installed-gpu
+	$(run) -m benchmarks.gpu $(DATA:%=--data_dir=%) $(GPU_FLAGS)
 
 lint: $(environment)/installed-dev
 	$(run) -m ruff format --check

@@ -1,11 +1,16 @@
-"""The platform that every test runs on: eight host devices, set before JAX starts."""
+"""The platform that every test runs on: eight host devices, set before JAX starts.
+
+With TEST_PLATFORMS=cuda it is a GPU, for tests of the core that need one device.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# What commands compile is not kept for later runs of the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
 

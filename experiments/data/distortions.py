@@ -1,10 +1,10 @@
 """Random changes of brightness, contrast, saturation and hue, on the device.
 
-The paper cites Howard (2013) for its photometric distortions and says that the
-batch-normalised networks train with weaker ones, but gives no values. "strong" takes
-those of the code that Google later published for its Inception networks (TF-Slim).
-"weak" halves its brightness and saturation and leaves out contrast and hue, as the
-fast mode of that code does.
+The paper says that the batch-normalised networks train with weaker photometric
+distortions than Inception does, and neither which nor how strong. "strong" takes the
+values of the code that Google later published for its Inception networks (TF-Slim).
+"weak" halves its brightness and saturation and leaves out contrast and hue, as the fast
+mode of that code does.
 """
 
 import math

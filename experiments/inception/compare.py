@@ -4,12 +4,13 @@
     python -m experiments.compare RUN... --x=learning_rate
 
 A RUN is the workdir of a run of experiments.inception, finished or not, or a folder
-that contains some. Runs that differ in their seed alone are one model. The reference,
-by default the model called inception, is the one whose best accuracy the others are to
-reach.
+that contains some. Runs that differ in their seed alone are one model. References are
+the models whose best accuracy the others are to reach: by default Inception without
+batch normalisation at the paper's rate, and the best of the rates and initial weights
+that there are.
 
 The output folder receives accuracy against steps (figure2.png and .svg), steps to the
-reference's best accuracy and best accuracy (figure3.png and .svg), and the numbers
+references' best accuracy and best accuracy (figure3.png and .svg), and the numbers
 beside the paper's (comparison.md and .json). With --x=learning_rate it receives best
 accuracy against the learning rate instead, a line for the models that differ in nothing
 else (rates.png, .svg, .md and .json).
@@ -25,8 +26,8 @@ from experiments.running import commands
 _OUTPUT = flags.DEFINE_string(
     "output", "runs/comparison", "Folder for the figures and tables."
 )
-_REFERENCE = flags.DEFINE_string(
-    "reference", None, "Name of the model to compare with (default: inception)."
+_REFERENCES = flags.DEFINE_multi_string(
+    "reference", [], "Name of a model to compare with; may be given more than once."
 )
 _X = flags.DEFINE_enum(
     "x", "steps", ["steps", "learning_rate"], "What accuracy is drawn against."
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
         page = tables.rates_page(numbers)
         pictures = {"rates": figures.accuracy_against_rate(numbers)}
     else:
-        name, numbers = "comparison", compare(runs, _REFERENCE.value)
+        name, numbers = "comparison", compare(runs, _REFERENCES.value)
         page = tables.comparison_page(numbers)
         pictures = {
             "figure2": figures.figure2(numbers),

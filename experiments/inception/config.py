@@ -10,7 +10,7 @@ numbers to expect.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -24,11 +24,10 @@ from experiments.configuration.fields import (
 )
 from experiments.configuration.shared import launching, population_batches
 from experiments.data.distortions import STRENGTHS
+from experiments.inception.initialisation import KINDS as INITIALISATIONS
 from experiments.inception.layers import ACTIVATIONS, PADDINGS
 from experiments.inception.network import POOL_PROJECTIONS, TABLE
 from experiments.training.optimisers import OPTIMISERS, SCHEDULES, named
-
-INITIALISATIONS = ("gaussian", "he")
 
 # What a trained network computes. The defaults are the paper's baseline, at its size.
 NETWORK = {
@@ -74,10 +73,13 @@ START = {
     "dropout_rate": Field(0.4, "before the softmax layer", share()),
     # It remembers a thousand steps, short beside millions.
     "decay": Field(0.999, "of the moving average of batch statistics", share()),
-    # The paper's time drew weights from small Gaussians; it gives no deviation. This
-    # one lets a signal through 23 rectified layers of the paper's widths.
+    # The paper gives none for Inception, a variant of GoogLeNet. That network's train
+    # without batch normalisation; with one deviation in all layers none do.
     "initialisation": Field(
-        "gaussian", "of the weights; he: He et al. 2015", choices=INITIALISATIONS
+        "googlenet",
+        "of weights: googlenet: a deviation a kind of layer, and biases of 0.2; "
+        "gaussian: one deviation; he: He et al. 2015",
+        choices=INITIALISATIONS,
     ),
     "initial_std": Field(
         0.05, "standard deviation of gaussian initial weights", positive()
@@ -116,6 +118,10 @@ TRAINING = {
     ),
     "decay_speed": Field(
         1.0, "how many times faster the variant's rate decays", positive()
+    ),
+    # The paper's replicas worked side by side; it doesn't say how late they were.
+    "gradient_delay": Field(
+        0, "steps by which gradients are those of older parameters", at_least(0)
     ),
     "l2_weight": Field(
         2e-4, "of the penalty on weights, half of it times their squares", share()
@@ -241,41 +247,68 @@ VARIANTS: Mapping[str, tuple[str, Changes]] = {
     "ensemble_6": ("ensemble_3", {"seed": 6, "per_activation_rows": ("5a", "5b")}),
 }
 
-# Sizes for the data that comes with the project. Runs are thousands of times shorter
-# than the paper's, but a network needs a thousand steps to learn anything: so the rate
-# falls less over a run, and those of the faster variants are less than five times as
-# short as the baselines'.
-LENGTHS = {  # steps by size, "" the paper's
-    "whole": {"": 31_000_000, "large": 31_000, "small": 6_200},
-    "short": {"": 6_000_000, "large": 12_000, "small": 2_400},
-}
-LARGE: Changes = {
-    "steps_per_decay": 320,
-    "decay_factor": 0.98,
+
+# Sizes that a desk has: runs are thousands of times shorter than the paper's, and their
+# schedules are its own, scaled as a whole. Of the paper's 31 and 6 million steps each
+# has `MILLIONTH` times as many, and the rate falls as often and as far as there.
+class Size(NamedTuple):
+    """How large runs are, and what they learn from."""
+
+    millionth: int  # steps in place of the paper's million
+    changes: Changes
+
+
+PAPER_LENGTHS = {"whole": 31, "short": 6}  # million steps, by a variant's "length"
+PAPER_DECAY = 0.32  # million steps between two falls of the rate
+
+# Images composed of the bundled digits.
+DIGITS: Changes = {
     "dataset": "cluttered_mnist",
     "image_size": 64,
     "min_area": 1.0,
     "flip": False,
     "crop_fraction": 1.0,
-    "learning_rate": 0.01,
     "decay": 0.99,
     "eval_every": 250,
     "population_batches": 200,
     "checkpoint_every": 1_000,
 }
-SMALL: Changes = LARGE | {
-    "steps_per_decay": 64,
-    "decay_factor": 0.99,
+SMALL: Changes = DIGITS | {
     "width": 0.125,
     "initial_std": 0.15,  # an eighth of the channels: nearly the square root of 8 more
     "decay": 0.95,
     "workers": 0,  # composing takes a fiftieth of a step's time
     "eval_every": 100,
-    "eval_examples": 2_000,
+    "eval_examples": 1_000,
     "eval_batch_size": 100,
     "population_batches": 100,
 }
-SIZES: dict[str, Changes] = {"small": SMALL, "large": LARGE}
+# Natural images of 32 x 32, of which random parts of two thirds and more are seen.
+PHOTOGRAPHS: Changes = {
+    "image_size": 32,
+    "min_area": 0.64,
+    "crop_fraction": 1.0,
+    "shuffle": "examples",  # such sets often lie in one file
+    "decay": 0.99,
+    "workers": 0,  # so small images are decoded in no time
+    "eval_every": 500,
+    "population_batches": 200,
+    "checkpoint_every": 1_000,
+}
+# Batches eight times as large, with steps and rates to match.
+LARGE_BATCH: Changes = {"batch_size": 256, "learning_rate": 8 * 0.0015}
+LARGE_BATCH |= {"eval_every": 60, "checkpoint_every": 250}
+CIFAR10: Changes = PHOTOGRAPHS | {"dataset": "cifar10"}
+TINY_IMAGENET: Changes = PHOTOGRAPHS | {"dataset": "tiny_imagenet"}
+SIZES: dict[str, Size] = {
+    "small": Size(200, SMALL),
+    "large": Size(1_000, DIGITS),
+    "cifar10": Size(1_000, CIFAR10),
+    "tiny_imagenet": Size(1_000, TINY_IMAGENET),
+    "cifar10_256": Size(125, CIFAR10 | LARGE_BATCH),
+    "tiny_imagenet_256": Size(125, TINY_IMAGENET | LARGE_BATCH),
+}
+PAPER_SIZE = Size(1_000_000, {})
 
 
 def changes(variant: str) -> Changes:
@@ -283,7 +316,7 @@ def changes(variant: str) -> Changes:
 
     Args:
       variant: a key of `VARIANTS` (default: inception); then a comma and a key of
-        `SIZES`, for the data that comes with the project.
+        `SIZES`.
 
     Raises:
       ValueError: there is no such variant.
@@ -296,8 +329,13 @@ def changes(variant: str) -> Changes:
             f"with one of {', '.join(',' + size for size in SIZES)} after it."
         )
     changed = _changes(name) | {"variant": name}
-    length = LENGTHS[changed.pop("length", "whole")]
-    return changed | {"num_steps": length[size]} | SIZES.get(size, {})
+    length = PAPER_LENGTHS[changed.pop("length", "whole")]
+    millionth, of_size = SIZES.get(size, PAPER_SIZE)
+    schedule = {
+        "num_steps": length * millionth,
+        "steps_per_decay": round(PAPER_DECAY * millionth),
+    }
+    return changed | schedule | of_size
 
 
 CONFIGURATION = Configuration(FIELDS, changes)

@@ -4,12 +4,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 import bn_jax.linen
 from experiments.distributed import parallel
 from experiments.inception.config import CONVENTIONS, NETWORK, START
+from experiments.inception.initialisation import Initialisation
 from experiments.inception.network import Inception
 
 
@@ -57,13 +57,11 @@ def _make_model(network: Any, num_classes: int, **config: Any) -> Any:
         input_shift=config["input_shift"],
         per_activation_rows=config["per_activation_rows"],
         auxiliary_head=config["auxiliary_head"],
-        kernel_init=_initialiser(config),
+        initialisation=Initialisation(
+            config["initialisation"],
+            config["initial_std"],
+            config["initial_scale"],
+            config["width"],
+        ),
         dtype=jnp.dtype(config["dtype"]),
     )
-
-
-def _initialiser(config: Mapping[str, Any]) -> nn.initializers.Initializer:
-    scale = config["initial_scale"]
-    if config["initialisation"] == "he":
-        return nn.initializers.variance_scaling(2 * scale**2, "fan_in", "normal")
-    return nn.initializers.normal(config["initial_std"] * scale)

@@ -42,8 +42,9 @@ class Data:
           load: opens the training and the test examples.
 
         Raises:
-          ConfigError: a batch is larger than the training set, or the set does not fit
-            on the devices though it shall.
+          ConfigError: a batch is larger than the training set, the set does not fit
+            on the devices though it shall, or it lies in one file, which leaves
+            nothing to shuffle.
           DataError: there is no such data set, or it cannot be read.
         """
         self._config = config
@@ -59,7 +60,14 @@ class Data:
                 f"--config.batch_size={config['batch_size']} is more than the "
                 f"{len(self.train)} training examples; use a smaller one."
             )
+        if config["shuffle"] == "shards" and len(self.train.shard_lengths) < 2:
+            raise ConfigError(
+                "--config.shuffle=shards: the training examples lie in one file, so "
+                "that every epoch would have the same order: expected several files; "
+                "use --config.shuffle=examples."
+            )
         self.on_device = self._is_on_device()
+        self._tested: dict[int, list[ImageBatch]] = {}  # by their number
 
     def _is_on_device(self) -> bool:
         """Whether training examples lie on the devices, or come from files."""
@@ -136,13 +144,27 @@ class Data:
     def testing(self, num_examples: int = 0, crops: int = 1) -> Generator[ImageBatch]:
         """The first test examples, or (0) all of them.
 
-        Several crops share out a batch's images among fewer examples.
+        Several crops share out a batch's images among fewer examples. Where training
+        examples lie on the devices, single crops do, too, after the first time.
         """
+        count = min(num_examples or len(self.test), len(self.test))
+        num_bytes = count * 3 * self._config["image_size"] ** 2
+        if crops > 1 or not self.on_device or not fits_on_device(num_bytes):
+            yield from self._testing(count, crops)
+            return
+        if count not in self._tested:
+            self._tested[count] = [
+                ImageBatch(*map(parallel.place, batch))
+                for batch in self._testing(count, crops)
+            ]
+        yield from self._tested[count]
+
+    def _testing(self, count: int, crops: int) -> Generator[ImageBatch]:
         config, devices = self._config, jax.device_count()
         batch_size = config["eval_batch_size"] // crops // devices * devices
         return evaluation_batches(
             self.test,
-            min(num_examples or len(self.test), len(self.test)),
+            count,
             batch_size=max(batch_size, devices),
             crops=crops,
             workers=self._workers,

@@ -81,6 +81,7 @@ class Experiment:
             config["optimiser"],
             config["momentum"],
             config["l2_weight"] * config["l2_multiple"],
+            config["gradient_delay"],
             config["distortions"],
             config["rematerialise"],
             config["parallelism"],
@@ -237,12 +238,15 @@ def _compile(
     optimiser_text: str,
     momentum: float,
     l2_weight: float,
+    gradient_delay: int,
     distortions: str,
     rematerialise: bool,
     parallelism: str,
     average_statistics: bool,
 ) -> _Functions:
-    optimiser = make_optimiser(optimiser_text, l2_weight, momentum=momentum)
+    optimiser = make_optimiser(
+        optimiser_text, l2_weight, gradient_delay, momentum=momentum
+    )
     policy = KEEP_CONVOLUTIONS if rematerialise else None
     at_inference = model.clone(dropout_rate=0.0, auxiliary_head=False)
 

@@ -38,6 +38,7 @@ class Convolution(nn.Module):
       per_activation: one mean and variance per activation, not per feature map.
       padding: of `PADDINGS`.
       kernel_init: initialises weights.
+      bias_init: initialises biases.
       dtype: of the computation; parameters are float32.
     """
 
@@ -50,6 +51,7 @@ class Convolution(nn.Module):
     per_activation: bool = False
     padding: str = "tensorflow"
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -63,6 +65,7 @@ class Convolution(nn.Module):
             padding=_pads(self.kernel_size, self.padding),
             use_bias=self.norm is None,
             kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
             dtype=self.dtype,
             name="conv",
         )(x)
@@ -95,6 +98,7 @@ class SeparableConv(nn.Module):
       padding: as `jax.lax.conv_general_dilated` takes it.
       use_bias: add a bias.
       kernel_init: initialises both kernels.
+      bias_init: initialises biases.
       dtype: of the computation; parameters are float32.
     """
 
@@ -104,6 +108,7 @@ class SeparableConv(nn.Module):
     padding: Padding = "SAME"
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -134,7 +139,7 @@ class SeparableConv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", self.bias_init, (self.features,))
             x = x + bias.astype(self.dtype)
         return x
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import bn_jax
+from experiments.inception.initialisation import CLASSIFIER, Initialisation
 from experiments.inception.layers import (
     CONVOLUTION_OUTPUT,
     Convolution,
@@ -161,7 +162,7 @@ class Inception(nn.Module):
       per_activation_rows: rows whose norm keeps one mean and variance per activation.
       auxiliary_head: a second classifier on row 4a, as GoogLeNet's. The paper names
         none, but only with one does the network have its 13.6 million parameters.
-      kernel_init: initialises weights.
+      initialisation: what weights and biases start from.
       dtype: of the computation; parameters and statistics are float32.
     """
 
@@ -177,7 +178,7 @@ class Inception(nn.Module):
     input_shift: tuple[float, ...] = ()
     per_activation_rows: tuple[str, ...] = ()
     auxiliary_head: bool = False
-    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    initialisation: Initialisation = Initialisation()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -204,8 +205,10 @@ class Inception(nn.Module):
             channels: int,
             kernel_size: int = 1,
             stride: int = 1,
+            *,
+            name: str,
             row: str = "",
-            **options: Any,
+            separable: bool = False,
         ) -> Convolution:
             return Convolution(
                 channels,
@@ -215,9 +218,11 @@ class Inception(nn.Module):
                 activation=self.activation,
                 padding=self.padding,
                 per_activation=row in self.per_activation_rows,
-                kernel_init=self.kernel_init,
+                separable=separable,
+                kernel_init=self.initialisation.weights(name, separable=separable),
+                bias_init=self.initialisation.biases,
                 dtype=self.dtype,
-                **options,
+                name=name,
             )
 
         first, reduced, second = (scaled(c, self.width) for c in STEM_CHANNELS)
@@ -238,14 +243,19 @@ class Inception(nn.Module):
             of_row = functools.partial(convolution, row=row.name)
             x = InceptionBlock(row, of_row, self.padding, name=f"row_{row.name}")(x)
             if row.name == AUXILIARY_ROW and self.auxiliary_head:
-                head = AuxiliaryHead(
-                    self.num_classes, self.width, convolution, name="auxiliary"
-                )
-                auxiliary = head(x)
+                auxiliary = AuxiliaryHead(
+                    self.num_classes,
+                    self.width,
+                    convolution,
+                    self.initialisation.weights(CLASSIFIER),
+                    name="auxiliary",
+                )(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         logits = nn.Dense(
-            self.num_classes, kernel_init=self.kernel_init, name="classifier"
+            self.num_classes,
+            kernel_init=self.initialisation.weights(CLASSIFIER),
+            name=CLASSIFIER,
         )(x)
         return logits if auxiliary is None or not train else (logits, auxiliary)
 
@@ -257,11 +267,13 @@ class AuxiliaryHead(nn.Module):
       num_classes: outputs.
       width: what its channels are multiplied by.
       convolution: makes a `Convolution` of the network's kind.
+      kernel_init: initialises the classifier's weights.
     """
 
     num_classes: int
     width: float
     convolution: Callable[..., Convolution]
+    kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -272,7 +284,9 @@ class AuxiliaryHead(nn.Module):
         x = x.reshape(len(x), 1, 1, -1)
         x = self.convolution(scaled(768, self.width), name="dense")(x)
         x = x.reshape(len(x), -1).astype(jnp.float32)
-        return nn.Dense(self.num_classes, name="classifier")(x)
+        return nn.Dense(
+            self.num_classes, kernel_init=self.kernel_init, name=CLASSIFIER
+        )(x)
 
 
 def _identity(x: jax.Array) -> jax.Array:

@@ -30,6 +30,9 @@ _JOBS = flags.DEFINE_integer(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for the runs (default: runs/SWEEP)."
 )
+_DATA = flags.DEFINE_string(
+    "data_dir", None, "Folder of prepared sets, for sizes of natural images."
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +42,13 @@ def main(arguments: list[str]) -> None:
 
     workdir = Path(_WORKDIR.value or f"runs/{_SWEEP.value}")
     run_sweep(
-        SWEEPS[_SWEEP.value], _SIZE.value, _SEEDS.value, _JOBS.value, workdir, arguments
+        SWEEPS[_SWEEP.value],
+        _SIZE.value,
+        _SEEDS.value,
+        _JOBS.value,
+        workdir,
+        arguments,
+        _DATA.value,
     )
 
 

@@ -120,6 +120,7 @@ def _launch(
     def run(arguments: Sequence[str]) -> None:
         from experiments.distributed import processes
         from experiments.running import provenance
+        from experiments.running.compilation_cache import use_compilation_cache
 
         _, *others = arguments
         for missing in positional[len(others) :]:
@@ -129,6 +130,7 @@ def _launch(
         config = flag.value.to_dict()
         results = _local("workdir", folder.value)
         data_folder = _local("data_dir", data.value)
+        use_compilation_cache()
         with _one_line_errors("; the same command goes on from the last checkpoint."):
             start_processes()
             processes.check_same(
@@ -178,6 +180,9 @@ def launch_with_arguments(
         return remaining
 
     def run(arguments: Sequence[str]) -> None:
+        from experiments.running.compilation_cache import use_compilation_cache
+
+        use_compilation_cache()
         with _one_line_errors("."):
             main(list(arguments[1:]))
 

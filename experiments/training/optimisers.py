@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.configuration.fields import Check, ConfigError
+from experiments.training.delay import delayed
 
 OPTIMISERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -88,7 +89,7 @@ def parse_call(
 
 
 def make_optimiser(
-    text: str = "sgd", l2_weight: float = 0.0, **defaults: Any
+    text: str = "sgd", l2_weight: float = 0.0, gradient_delay: int = 0, **defaults: Any
 ) -> optax.GradientTransformation:
     """An optimiser whose learning rate is part of its state.
 
@@ -99,6 +100,7 @@ def make_optimiser(
       text: a name of `OPTIMISERS`, with arguments or without.
       l2_weight: the penalty l2_weight / 2 * |w|^2 is part of the loss, for the weights
         w of dense and convolutional layers.
+      gradient_delay: take the gradient, the penalty's too, of so many steps before.
       **defaults: arguments where the text has none, of those that the optimiser knows.
     """
     name, arguments = parse_call(text, OPTIMISERS)
@@ -106,12 +108,13 @@ def make_optimiser(
     chosen = {key: defaults[key] for key in defaults.keys() & known} | arguments
 
     def with_rate(learning_rate: float | jax.Array) -> optax.GradientTransformation:
-        step = OPTIMISERS[name](learning_rate, **chosen)
-        if not l2_weight:
-            return step
-        # Before momentum: the gradient of the penalty is part of the gradient.
-        penalty = optax.add_decayed_weights(l2_weight, mask=_is_kernel)
-        return optax.chain(penalty, step)
+        steps = [OPTIMISERS[name](learning_rate, **chosen)]
+        if gradient_delay:
+            steps.insert(0, delayed(gradient_delay))
+        if l2_weight:
+            # Before momentum: the gradient of the penalty is part of the gradient.
+            steps.insert(0, optax.add_decayed_weights(l2_weight, mask=_is_kernel))
+        return optax.chain(*steps) if len(steps) > 1 else steps[0]
 
     return optax.inject_hyperparams(with_rate)(learning_rate=0.0)
 

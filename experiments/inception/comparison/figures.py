@@ -1,14 +1,18 @@
 """Pictures of compared runs: the paper's figures 2 and 3, and accuracy against rate."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.inception.comparison.models import FINISHED
-from experiments.inception.comparison.tables import digits_to_show, steps_in_words
+from experiments.inception.comparison.tables import (
+    digits_to_show,
+    level_in_words,
+    steps_in_words,
+)
 from experiments.running.tables import spread
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow;
@@ -18,6 +22,7 @@ COLORS = (
     *("#882255", "#7F7F7F", "#808000"),
 )
 LINESTYLES = ("-", "--", "-.", ":")
+LEVEL_MARKS = "Dvsp^<"  # where a curve reaches each reference's level
 LINE_WIDTH = 36  # characters, before a name goes on in the next line
 LOG_FROM = 50  # the ratio of steps from which a linear axis hides the shorter bars
 POINTS = {"x": "diverged", "+": "stayed at chance", "s": "not finished"}
@@ -35,14 +40,15 @@ def figure2(comparison: Comparison) -> Figure:
     Args:
       comparison: as `experiments.inception.comparison.models.compare` makes it.
     """
-    models, level = comparison["models"], comparison["level"]
-    level_text = f"{level:.{digits_to_show(comparison)}f}%"
+    models, digits = comparison["models"], digits_to_show(comparison)
+    levels = _levels(comparison)
     limits = _limits(models)
     figure = Figure(figsize=(4 + 4.5 * len(limits), 4.5), layout="constrained")
     panels = figure.subplots(1, len(limits), sharey=True, squeeze=False)[0]
-    highest = max(level, *(max(model["curve"]["mean"]) for model in models))
+    highest = max(max(model["curve"]["mean"]) for model in models)
     for panel, limit in zip(panels, limits, strict=True):
-        panel.axhline(level, color="0.6", lw=0.8, zorder=0)
+        for reference in levels.values():
+            panel.axhline(reference["level"], color="0.6", lw=0.8, zorder=0)
         for index, model in enumerate(models):
             _draw_curve(panel, model, line_style(index))
         # A little more than the data, for marks and lines that lie at the border.
@@ -52,9 +58,12 @@ def figure2(comparison: Comparison) -> Figure:
         panel.set_xlabel("training steps")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation accuracy, %")
-    for panel in panels[1:]:
-        panel.set_title("the beginning", fontsize="medium")
-    _mark(panels[0], np.nan, np.nan, "D", "0.4", f"first to reach {level_text}")
+    titles = ("whole runs", "the beginning") if len(limits) > 1 else ("",)
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, fontsize="medium")
+    for place, reference in levels.items():
+        words = f"first to reach {level_in_words(reference, digits)}"
+        _mark(panels[0], np.nan, np.nan, LEVEL_MARKS[place], "0.4", words)
     if any(model["diverged"] for model in models):
         _mark(panels[0], np.nan, np.nan, "X", "0.4", "diverged after this evaluation")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -65,22 +74,25 @@ def figure2(comparison: Comparison) -> Figure:
 
 
 def figure3(comparison: Comparison) -> Figure:
-    """Bars: every model's steps to the reference's best accuracy, and its own best.
+    """Bars: every model's steps to each reference's best accuracy, and its own best.
 
     Args:
       comparison: as `experiments.inception.comparison.models.compare` makes it.
     """
-    models, level = comparison["models"], comparison["level"]
-    digits = digits_to_show(comparison)
-    figure = Figure(figsize=(10, 1.3 + 0.5 * len(models)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    models, digits = comparison["models"], digits_to_show(comparison)
+    levels = _levels(comparison)
+    size = (3 + 3.5 * (1 + len(levels)), 1.5 + 0.5 * len(models))
+    figure = Figure(figsize=size, layout="constrained")
+    *panels, last = figure.subplots(1, len(levels) + 1, sharey=True, squeeze=False)[0]
     names = [_wrapped(model["name"]) for model in models]
-    left.set_yticks(range(len(models)), names)
-    left.set_ylim(len(models) - 0.5, -0.5)
-    left.set_xlabel(f"steps to {level:.{digits}f}%")
-    right.set_xlabel("best accuracy, %")
-    _bars_of_steps(left, models)
-    _bars_of_accuracy(right, models, level, digits)
+    last.set_yticks(range(len(models)), names)
+    last.set_ylim(len(models) - 0.5, -0.5)
+    for panel, (place, reference) in zip(panels, levels.items(), strict=True):
+        level = level_in_words(reference, digits)
+        panel.set_xlabel(f"steps to {level}\n({_wrapped(reference['name'])})")
+        _bars_of_steps(panel, [model["reach"][place] for model in models])
+    last.set_xlabel("best accuracy, %")
+    _bars_of_accuracy(last, models, levels.values(), digits)
     return figure
 
 
@@ -124,6 +136,15 @@ def accuracy_against_rate(comparison: Comparison) -> Figure:
         handles, labels, loc="outside right upper", fontsize="small", handlelength=3
     )
     return figure
+
+
+def _levels(comparison: Comparison) -> dict[int, Mapping[str, Any]]:
+    """The references that learnt something, by their place among all of them."""
+    return {
+        place: reference
+        for place, reference in enumerate(comparison["references"])
+        if reference["level"] is not None
+    }
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -175,36 +196,42 @@ def _draw_curve(axes: Any, model: Model, style: Mapping[str, Any]) -> None:
         axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, lw=0)
     if model["diverged"]:
         _mark(axes, steps[-1], mean[-1], "X", color)
-    if model["steps"] is not None:
-        _mark(axes, model["steps"], mean[steps == model["steps"]][0], "D", color)
+    for marker, reach in zip(LEVEL_MARKS, model["reach"], strict=False):
+        step = reach["steps"]
+        if step is not None:
+            _mark(axes, step, mean[steps == step][0], marker, color)
 
 
-def _bars_of_steps(axes: Any, models: Sequence[Model]) -> None:
-    steps = [model["steps"] for model in models if model["steps"]] or [1]
+def _bars_of_steps(axes: Any, reaches: Sequence[Mapping[str, Any]]) -> None:
+    steps = [reach["steps"] for reach in reaches if reach["steps"]] or [1]
     start, longest = 0.0, max(steps)
     # The numbers, too, need room: as a share of the axis, whatever its scale.
-    axes.set_xlim(0, 1.6 * longest)
+    axes.set_xlim(0, 1.8 * longest)
     if longest > LOG_FROM * min(steps):
         start = 10 ** np.floor(np.log10(min(steps) / 2))
         axes.set_xscale("log")
-        axes.set_xlim(start, start * (longest / start) ** 1.6)
-    for position, model in enumerate(models):
-        words = steps_in_words(model)
-        if model["steps"]:
+        axes.set_xlim(start, start * (longest / start) ** 1.8)
+    for position, reach in enumerate(reaches):
+        words = steps_in_words(reach)
+        if reach["steps"]:
             color = line_style(position)["color"]
             axes.barh(
-                position, model["steps"] - start, left=start, color=color, height=0.6
+                position, reach["steps"] - start, left=start, color=color, height=0.6
             )
-        if model["ratio"] is not None:
-            words += f" ({model['ratio']:,.2f}x)"
-        _write(axes, model["steps"] or start, position, words)
+        if reach["ratio"] is not None:
+            words += f" ({reach['ratio']:,.2f}x)"
+        _write(axes, reach["steps"] or start, position, words)
     axes.xaxis.set_major_formatter(_thousands_and_millions)
 
 
 def _bars_of_accuracy(
-    axes: Any, models: Sequence[Model], level: float, digits: int
+    axes: Any,
+    models: Sequence[Model],
+    references: Iterable[Mapping[str, Any]],
+    digits: int,
 ) -> None:
-    axes.axvline(level, color="0.4", linestyle="--", lw=0.8)
+    for reference in references:
+        axes.axvline(reference["level"], color="0.4", linestyle="--", lw=0.8)
     for position, model in enumerate(models):
         mean, std = model["best"]["mean"], model["best"]["std"] or 0
         color = line_style(position)["color"]
@@ -212,7 +239,7 @@ def _bars_of_accuracy(
         if std:
             axes.errorbar(mean, position, xerr=std, color="0.5", capsize=2)
         _write(axes, mean + std, position, spread(model["best"], digits))
-    axes.set_xlim(0, 1.4 * max(level, *(model["best"]["mean"] for model in models)))
+    axes.set_xlim(0, 1.4 * max(model["best"]["mean"] for model in models) or 1)
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
 
 

@@ -1,7 +1,8 @@
 """Compares runs: figure 3's numbers, and accuracy against the learning rate."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy as np
 from experiments.configuration.fields import ConfigError
 from experiments.inception.comparison.runs import SEED_KEYS, Run, group_runs
 
+BASELINE = "inception"  # the variant that the others are compared with
+BASELINE_HE = "inception_he"  # the same with other initial weights
+PAPER_BATCH = 32  # examples a step
 RATE_KEYS = ("learning_rate", "rate_multiple")
 # What accuracy is measured on.
 TEST_SET_KEYS = ("dataset", "data", "image_size", "crop_fraction", "eval_examples")
@@ -38,22 +42,25 @@ PAPER = {
 }
 
 
-def compare(runs: Sequence[Run], reference: str | None = None) -> dict[str, Any]:
-    """Compares models with the best accuracy of one of them, the reference.
+def compare(runs: Sequence[Run], references: Sequence[str] = ()) -> dict[str, Any]:
+    """Compares models with the best accuracy of some of them, the references.
 
     Runs that differ in their seed alone are one model, whose curve is their mean over
     the steps at which all of them were evaluated.
 
     Args:
       runs: of any number of models.
-      reference: a model's name; by default the one whose variant is "inception", with
-        Gaussian initial weights if there are several.
+      references: names of models. By default the variant "inception" at the paper's
+        rate, and the best of it and `inception_he`, at whatever rates there are; the
+        others of these are then named in `baselines_tried` alone.
 
     Returns:
-      JSON values: the level to reach, and what `summarise_model` says of every model,
-      with the first evaluated step that reaches the level (`steps`; else None, and
-      `outcome` says why) and how many times fewer these are than the reference's
-      (`ratio`). The reference comes first, then the paper's models in its order.
+      JSON values: the references, each with the level to reach, or None if it learnt
+      nothing, and what `summarise_model` says of every model. A model's `reach` has an
+      entry a reference: the first evaluated step that reaches the level (`steps`; else
+      None, and `outcome` says why) and how many times fewer these are than the
+      reference's (`ratio`). References come first, then the paper's models in its
+      order.
 
     Raises:
       ConfigError: the runs were evaluated on different data, have no reference, or a
@@ -61,23 +68,39 @@ def compare(runs: Sequence[Run], reference: str | None = None) -> dict[str, Any]
     """
     test_set = _common_test_set(runs)
     chance = _chance(runs)
-    groups = _in_paper_order(group_runs(runs))
-    name = _choose_reference(groups, reference)
-    names = [name, *(other for other in groups if other != name)]
-    models = [summarise_model(each, groups[each], chance) for each in names]
-    level, baseline_steps = models[0]["best"]["mean"], models[0]["best"]["step"]
-    for model in models:
-        model |= _reach(model, level)
-        model["ratio"] = baseline_steps / model["steps"] if model["steps"] else None
-    models[0]["ratio"] = 1.0
+    families = _families(runs)
+    models = {
+        name: summarise_model(name, members, chance)
+        for family, by_rate in families.items()
+        for name, members in _named(family, by_rate).items()
+    }
+    tried: list[str] = []
+    if references:
+        if unknown := [name for name in references if name not in models]:
+            raise _no_reference(f"there is no model --reference={unknown[0]}", models)
+        roles = dict.fromkeys(references, "")
+    else:
+        tried = _baselines(families, models)
+        roles = _roles([models[name] for name in tried])
+    shown = [models[name] for name in roles]
+    shown += [m for name, m in models.items() if name not in (*roles, *tried)]
+    levels = [_level(models[name], role) for name, role in roles.items()]
+    for model in shown:
+        model["reach"] = [_reach(model, level) for level in levels]
     return {
-        "reference": name,
-        "level": level,
+        "references": levels,
+        "baselines_tried": [
+            {
+                key: models[name][key]
+                for key in ("name", "initial_rate", "best", "state")
+            }
+            for name in (tried if len(tried) > 1 else ())
+        ],
         "test_set": test_set,
         "chance": chance,
-        "evaluation_interval": _evaluation_interval(models),
+        "evaluation_interval": _evaluation_interval(shown),
         "batch_sizes": sorted({run.config["batch_size"] for run in runs}),
-        "models": models,
+        "models": shown,
     }
 
 
@@ -93,17 +116,16 @@ def compare_rates(runs: Sequence[Run]) -> dict[str, Any]:
     """
     test_set = _common_test_set(runs)
     chance = _chance(runs)
-    families = []
-    groups = _in_paper_order(group_runs(runs, but=SEED_KEYS + RATE_KEYS))
-    for name, members in groups.items():
-        by_rate: dict[float, list[Run]] = {}
-        for run in sorted(members, key=lambda run: run.initial_rate):
-            by_rate.setdefault(run.initial_rate, []).append(run)
-        points = [
-            summarise_model(f"{name} at {rate:g}", group, chance)
-            for rate, group in by_rate.items()
-        ]
-        families.append({"name": name, "points": points})
+    families = [
+        {
+            "name": name,
+            "points": [
+                summarise_model(f"{name} at {rate:g}", members, chance)
+                for rate, members in by_rate.items()
+            ],
+        }
+        for name, by_rate in _families(runs).items()
+    ]
     return {"test_set": test_set, "chance": chance, "families": families}
 
 
@@ -139,12 +161,13 @@ def summarise_model(name: str, runs: Sequence[Run], chance: float) -> dict[str, 
     diverged_at = [run.diverged_at for run in runs]
     finished = all(run.summary is not None for run in runs)
     diverged = any(step is not None for step in diverged_at)
-    learnt = mean.max() > _near_chance(chance)
+    learnt = bool(mean.max() > _near_chance(chance))
     at_chance = finished and not diverged and not learnt
     return {
         "name": name,
         "variant": runs[0].config["variant"],
         "initial_rate": runs[0].initial_rate,
+        "batch_size": runs[0].config["batch_size"],
         "seeds": [run.config["seed"] for run in runs],
         "folders": [str(run.folder) for run in runs],
         "state": _state(runs, at_chance),
@@ -152,6 +175,7 @@ def summarise_model(name: str, runs: Sequence[Run], chance: float) -> dict[str, 
         "diverged": diverged,
         "diverged_at": diverged_at,
         "at_chance": at_chance,
+        "learnt": learnt,
         "best": {"step": int(steps[peak]), **_spread(top1[:, peak])},
         "final": {kind: _final(runs, kind) for kind in STATISTICS},
         "curve": {
@@ -162,14 +186,86 @@ def summarise_model(name: str, runs: Sequence[Run], chance: float) -> dict[str, 
     }
 
 
-def _in_paper_order(groups: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
+def _families(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """Runs that differ in rate and seed alone, by rate; the paper's models first."""
     order = list(PAPER)
+    groups = group_runs(runs, but=SEED_KEYS + RATE_KEYS)
 
     def place(name: str) -> tuple[int, str]:
         variant = groups[name][0].config["variant"]
         return (order.index(variant) if variant in order else len(order), name)
 
-    return {name: groups[name] for name in sorted(groups, key=place)}
+    families: dict[str, dict[float, list[Run]]] = {}
+    for name in sorted(groups, key=place):
+        by_rate = families[name] = {}
+        for run in sorted(groups[name], key=lambda run: run.initial_rate):
+            by_rate.setdefault(run.initial_rate, []).append(run)
+    return families
+
+
+def _named(family: str, by_rate: Mapping[float, list[Run]]) -> dict[str, list[Run]]:
+    """The models of a family, with their rates where there are several."""
+    if len(by_rate) == 1:
+        return {family: next(iter(by_rate.values()))}
+    return {f"{family} at {rate:g}": members for rate, members in by_rate.items()}
+
+
+def _baselines(
+    families: Mapping[str, Mapping[float, list[Run]]], models: Collection[str]
+) -> list[str]:
+    """The models that are Inception without batch normalisation, as the paper has it.
+
+    With He's initial weights, too, which train where others do not.
+    """
+    variants = {
+        family: next(iter(by_rate.values()))[0].config["variant"]
+        for family, by_rate in families.items()
+    }
+    if list(variants.values()).count(BASELINE) != 1:
+        problem = "it is not clear which models the others are to be compared with"
+        raise _no_reference(problem, models)
+    return [
+        name
+        for family, variant in variants.items()
+        if variant in (BASELINE, BASELINE_HE)
+        for name in _named(family, families[family])
+    ]
+
+
+def _roles(baselines: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The baseline at the paper's rate and at its best, by name: why they are chosen.
+
+    Either alone misleads: the paper's rate is that of a run of millions of steps, and
+    the best of some may be one that the paper does not compare with.
+    """
+    best = max(baselines, key=lambda m: (m["state"] == FINISHED, m["best"]["mean"]))
+    roles: dict[str, list[str]] = {}
+    for model in baselines:
+        paper_rate = (PAPER[BASELINE].initial_rate or 0) * model["batch_size"]
+        if model["variant"] == BASELINE and math.isclose(
+            model["initial_rate"], paper_rate / PAPER_BATCH
+        ):
+            roles.setdefault(model["name"], []).append("the paper's rate")
+    if len(baselines) > 1 or not roles:
+        the_best = f"the best of {len(baselines)}" if baselines[1:] else ""
+        roles.setdefault(best["name"], []).append(the_best)
+    return {name: " and ".join(filter(None, why)) for name, why in roles.items()}
+
+
+def _level(model: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """What a reference asks of the others: its best accuracy, if it learnt anything."""
+    return {
+        "name": model["name"],
+        "role": role,
+        "level": model["best"]["mean"] if model["learnt"] else None,
+        "step": model["best"]["step"],
+    }
+
+
+def _no_reference(problem: str, models: Collection[str]) -> ConfigError:
+    return ConfigError(
+        f"{problem}: give --reference=NAME, once or twice, of: {'; '.join(models)}."
+    )
 
 
 def _common_test_set(runs: Sequence[Run]) -> dict[str, Any]:
@@ -186,29 +282,6 @@ def _common_test_set(runs: Sequence[Run]) -> dict[str, Any]:
                 f"{'; '.join(differences)}. Compare runs of one data set."
             )
     return first
-
-
-def _choose_reference(groups: Mapping[str, Sequence[Run]], name: str | None) -> str:
-    if name is not None:
-        candidates = [name] if name in groups else []
-        problem = f"there is no model --reference={name}"
-    else:
-        configs = {each: members[0].config for each, members in groups.items()}
-        candidates = [
-            each for each in groups if configs[each]["variant"] == "inception"
-        ]
-        if len(candidates) > 1:
-            candidates = [
-                each
-                for each in candidates
-                if configs[each].get("initialisation") == "gaussian"
-            ]
-        problem = "it is not clear which model the others are to be compared with"
-    if len(candidates) != 1:
-        raise ConfigError(
-            f"{problem}: give --reference=NAME, one of: {'; '.join(groups)}."
-        )
-    return candidates[0]
 
 
 def _state(runs: Sequence[Run], at_chance: bool) -> str:
@@ -240,18 +313,21 @@ def _share(count: int, seeds: int) -> str:
     return "" if seeds == 1 else f"{count} of {seeds} seeds "
 
 
-def _reach(model: Mapping[str, Any], level: float) -> dict[str, Any]:
-    """The steps to a level, or in words what happened instead."""
+def _reach(model: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps to a reference's level, or in words what happened instead."""
+    if reference["level"] is None:
+        return {"steps": None, "outcome": "the reference is at chance", "ratio": None}
     curve = model["curve"]
     for step, accuracy in zip(curve["steps"], curve["mean"], strict=True):
-        if accuracy >= level - TOLERANCE:
-            return {"steps": step, "outcome": "reached"}
+        if accuracy >= reference["level"] - TOLERANCE:
+            ratio = reference["step"] / step if step else None
+            return {"steps": step, "outcome": "reached", "ratio": ratio}
     outcome = model["state"]
     if outcome == FINISHED:
         outcome = "never"
     elif not model["finished"] and not model["diverged"]:
         outcome = "not yet"
-    return {"steps": None, "outcome": outcome}
+    return {"steps": None, "outcome": outcome, "ratio": None}
 
 
 def _spread(values: np.ndarray | Sequence[float]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def run_sweep(
     jobs: int | None,
     workdir: Path,
     changes: Sequence[str],
+    data_dir: str | None = None,
 ) -> None:
     """Trains all runs that are not finished, then compares them.
 
@@ -54,13 +55,14 @@ def run_sweep(
       jobs: runs side by side; None for as many as is good.
       workdir: folder for the runs' folders and the comparisons.
       changes: "key=value" for the configuration of every run.
+      data_dir: folder of prepared tensorflow-datasets, or None.
 
     Raises:
       ConfigError: a change is none, or of an unknown key.
       RunFailedError: a run failed; the others went on.
       WorkdirError: the workdir cannot be written.
     """
-    tasks = make_tasks(sweep, size, num_seeds, workdir, changes)
+    tasks = make_tasks(sweep, size, num_seeds, workdir, changes, data_dir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,11 +75,9 @@ def run_sweep(
     jobs = min(jobs or (len(cores) if on_cpu else 1), len(tasks))
     # Each place has its share of the cores.
     places = [cores[place::jobs] or cores for place in range(jobs)]
-    # Runs that differ in rate, length or seed alone compile the same programs.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(workdir.absolute() / "compiled")}
     # On an accelerator the first run would take most of its memory for itself.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
-    failed = _run_tasks(tasks, places, environment | (KEEP_MEMORY if on_cpu else share))
+    failed = _run_tasks(tasks, places, KEEP_MEMORY if on_cpu else share)
     if failed:
         raise RunFailedError(
             f"{len(failed)} of {len(tasks)} runs failed, the first is "
@@ -87,7 +87,8 @@ def run_sweep(
     for name, flags in sweep.comparisons.items():
         _report("compare", workdir, name, flags)
     if sweep.evaluation is not None:
-        _report("evaluate", workdir, "evaluation", sweep.evaluation)
+        own = (*sweep.evaluation, *_data_flag(data_dir))
+        _report("evaluate", workdir, "evaluation", own)
 
 
 def _report(module: str, workdir: Path, name: str, flags: Sequence[str]) -> None:
@@ -95,8 +96,17 @@ def _report(module: str, workdir: Path, name: str, flags: Sequence[str]) -> None
     subprocess.run([*command, f"--output={workdir / name}", *flags], check=True)
 
 
+def _data_flag(data_dir: str | None) -> list[str]:
+    return [] if data_dir is None else [f"--data_dir={data_dir}"]
+
+
 def make_tasks(
-    sweep: Sweep, size: str, num_seeds: int, workdir: Path, changes: Sequence[str]
+    sweep: Sweep,
+    size: str,
+    num_seeds: int,
+    workdir: Path,
+    changes: Sequence[str],
+    data_dir: str | None = None,
 ) -> list[_Task]:
     """The commands of a sweep, each with the folder it writes.
 
@@ -125,6 +135,7 @@ def make_tasks(
                 f"--config={configuration.__file__}:{variant}",
                 *(f"--config.{key}={value}" for key, value in changed.items()),
                 f"--workdir={workdir / name}",
+                *_data_flag(data_dir),
             ]
             tasks.append(_Task(workdir / name, num_steps, command))
     return tasks

@@ -41,8 +41,12 @@ def test_compares_with_the_reference(sweep, tmp_path):
         *("figure2.png", "figure2.svg", "figure3.png", "figure3.svg"),
     }
     comparison = json.loads(files["comparison.json"])
-    assert comparison["reference"] == "inception"
-    assert [model["ratio"] for model in comparison["models"]] == [1, 2]
+    (reference,) = comparison["references"]
+    assert reference["name"] == "inception"
+    ratios = [
+        reach["ratio"] for model in comparison["models"] for reach in model["reach"]
+    ]
+    assert ratios == [1, 2]
     page = files["comparison.md"].decode()
     assert page in done.stdout
     assert str(output) in done.stdout
@@ -78,8 +82,8 @@ def test_help():
         "no folder": (["{sweep}/none"], "{sweep}/none holds no run"),
         "reference": (
             ["{sweep}", "--reference=nosuch"],
-            "there is no model --reference=nosuch: give --reference=NAME, one of: "
-            "inception; bn_x5.",
+            "there is no model --reference=nosuch: give --reference=NAME, once or "
+            "twice, of: inception; bn_x5.",
         ),
         "axis": (
             ["{sweep}", "--x=time"],

@@ -4,9 +4,7 @@ import pytest
 
 from experiments.inception.config import (
     FIELDS,
-    LARGE,
     SIZES,
-    SMALL,
     VARIANTS,
     get_config,
 )
@@ -129,7 +127,8 @@ def test_the_defaults_are_the_papers():
         "separable_stem": True,
         "pool_projection": 96,
         "auxiliary_head": False,
-        "initialisation": "gaussian",
+        "initialisation": "googlenet",
+        "gradient_delay": 0,
         "dtype": "float32",
     }
     assert config | expected == config
@@ -179,8 +178,11 @@ def test_every_configuration_is_valid(variant, size, monkeypatch):
 
 
 def test_a_size_leaves_what_a_variant_is():
-    """At any size a variant differs from its parent by the same keys and values."""
-    for size in SIZES:
+    """A variant differs from its parent by the same keys and values at any size.
+
+    But for the number of steps, and what a size says of all variants.
+    """
+    for size, (_, changes) in SIZES.items():
         for variant, (parent, _) in VARIANTS.items():
             if not parent:
                 continue
@@ -188,7 +190,7 @@ def test_a_size_leaves_what_a_variant_is():
                 {
                     key: (old[key], new[key])
                     for key in old
-                    if old[key] != new[key] and key != "num_steps"
+                    if old[key] != new[key] and key not in ("num_steps", *changes)
                 }
                 for old, new in (
                     (config_of(parent), config_of(variant)),
@@ -198,21 +200,46 @@ def test_a_size_leaves_what_a_variant_is():
             assert full == sized
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_size_scales_the_schedule_as_a_whole(size, variant):
+    """The paper's rates, steps in its proportions, and the same fall of the rate."""
+    full, sized = config_of(variant), config_of(f"{variant},{size}")
+    share = sized["num_steps"] / full["num_steps"]
+    assert share == config_of(f"inception,{size}")["num_steps"] / 31e6
+    places = np.linspace(0.05, 0.95, 19)
+    expected, found = (
+        learning_rates(config, np.round(places * config["num_steps"]))
+        for config in (full, sized)
+    )
+    # Examples a step times steps stay, and so does the rate an example.
+    larger = sized["batch_size"] / 32
+    # A fall comes a step earlier or later.
+    np.testing.assert_allclose(found, larger * expected, rtol=0.0401)
+    ends = learning_rates(sized, np.array([0, sized["num_steps"]]))
+    end = 0.019 if full["decay_speed"] == 1 else 0.010
+    if full["num_steps"] == 31_000_000 or full["decay_speed"] == 6:
+        assert ends[1] / ends[0] == pytest.approx(end, rel=0.05)
+
+
 @pytest.mark.parametrize(
-    ("size", "changes", "long", "short"),
-    [("small", SMALL, 6_200, 2_400), ("large", LARGE, 31_000, 12_000)],
+    ("size", "dataset", "expected"),
+    [
+        ("small", "cluttered_mnist", {"image_size": 64, "width": 0.125}),
+        ("large", "cluttered_mnist", {"image_size": 64, "width": 1, "flip": False}),
+        ("cifar10", "cifar10", {"image_size": 32, "width": 1, "batch_size": 32}),
+        ("tiny_imagenet", "tiny_imagenet", {"min_area": 0.64, "batch_size": 32}),
+        ("cifar10_256", "cifar10", {"batch_size": 256, "learning_rate": 0.012}),
+        ("tiny_imagenet_256", "tiny_imagenet", {"batch_size": 256, "flip": True}),
+    ],
 )
-def test_sizes(size, changes, long, short):
+def test_sizes(size, dataset, expected):
     for variant in VARIANTS:
-        full, sized = config_of(variant), config_of(f"{variant},{size}")
-        assert sized["num_steps"] == (
-            long if full["num_steps"] == 31_000_000 else short
-        )
-        assert sized["dataset"] == "cluttered_mnist"
-        assert sized["image_size"] == 64
-        changed = {key for key in FIELDS if full[key] != sized[key]}
-        assert changed == changes.keys() | {"num_steps"}
-    assert config_of("inception,small")["width"] < config_of("inception,large")["width"]
+        config = config_of(f"{variant},{size}")
+        assert config["dataset"] == dataset
+        assert config | expected == config
+        if dataset != "cluttered_mnist":
+            assert config["shuffle"] == "examples"
 
 
 def test_a_comma_alone_is_a_size():
@@ -222,7 +249,7 @@ def test_a_comma_alone_is_a_size():
 def test_configurations_do_not_share_state():
     get_config("bn_x5,small").num_steps = 1
     get_config("bn_x5").learning_rate = 1.0
-    assert config_of("bn_x5,small")["num_steps"] == 2_400
+    assert config_of("bn_x5,small")["num_steps"] == 1_200
     assert config_of("bn_x5")["learning_rate"] == 0.0015
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.inception.ensembles.tables import PAPER
 from tests.experiments.helpers import REPOSITORY, command_environment, read_files
 from tests.experiments.inception.ensembles.test_trained_networks import (
     change,
@@ -67,7 +68,7 @@ def test_evaluates_networks_and_their_ensemble(runs, tmp_path):
     ]
     statistics = [network["statistics"] for network in numbers["networks"]]
     assert statistics == ["population", None]
-    assert len(numbers["paper"]) == 4
+    assert len(numbers["paper"]) == len(PAPER)
     assert numbers["test_set"]["evaluated"] == 19
     page = files["figure4.md"].decode()
     assert page in done.stdout

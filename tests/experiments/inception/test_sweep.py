@@ -1,5 +1,6 @@
 """Sweeps with a stand-in for the runs, and the command lines as a user meets them."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,9 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.configuration.fields import ConfigError
-from experiments.inception.comparison.models import compare, compare_rates
+from experiments.inception.comparison.models import PAPER, compare, compare_rates
 from experiments.inception.comparison.runs import read_runs
-from experiments.inception.config import FIELDS, SIZES, VARIANTS, get_config
+from experiments.inception.config import FIELDS, SIZES, get_config
 from experiments.inception.sweeps import running as sweeps
 from experiments.inception.sweeps.running import (
     RunFailedError,
@@ -260,9 +261,12 @@ def test_commands_configure_what_the_table_says(name, size, tmp_path):
 
 def test_the_sweep_of_variants_has_all_of_figure_3(tmp_path):
     runs = SWEEPS["variants"].runs
-    assert {run.variant for run in runs} == {
-        variant for variant in VARIANTS if not variant.startswith("ensemble")
+    assert {run.variant for run in runs} == {*PAPER, "inception_he"}
+    # The paper's rate, its failure, and others: the best of them is a reference.
+    multiples = {
+        run.changes["rate_multiple"] for run in runs if run.variant == "inception"
     }
+    assert {1, 5, 30} < multiples
     # The longest first, so that parallel jobs end together.
     steps = [
         task.num_steps
@@ -271,31 +275,61 @@ def test_the_sweep_of_variants_has_all_of_figure_3(tmp_path):
     assert steps[0] == max(steps)
 
 
-def test_the_sweep_of_rates_crosses_rates_initialisations_and_norms(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "key", "values"),
+    [
+        ("rates", "initialisation", ("googlenet", "gaussian", "he")),
+        ("batch_sizes", "batch_size", (32, 256)),
+    ],
+)
+def test_the_sweeps_of_rates_cross_them_with_and_without_norms(
+    name, key, values, tmp_path
+):
     configs = [
         parse(task.command)
-        for task in make_tasks(SWEEPS["rates"], "small", 1, tmp_path, ())
+        for task in make_tasks(SWEEPS[name], "small", 1, tmp_path, ())
     ]
-    keys = ("batch_norm", "initialisation", "learning_rate")
-    points = {tuple(config[key] for key in keys) for config in configs}
-    assert points == {
-        (norm, initialisation, rate)
-        for norm in (False, True)
-        for initialisation in ("gaussian", "he")
-        for rate in RATES
-    }
+    points = [
+        tuple(config[each] for each in ("batch_norm", key, "learning_rate"))
+        for config in configs
+    ]
+    assert len(set(points)) == len(points)
+    assert set(points) == set(itertools.product((False, True), values, RATES))
     assert all(config["rate_multiple"] == 1 for config in configs)
-    # To 30 times the baseline's and beyond, and below it, where its best may lie.
+    # A rate that is constant, and long enough for a baseline to leave chance.
+    assert {config["decay_factor"] for config in configs} == {1.0}
+    assert {config["num_steps"] for config in configs} == {3_000}
+    # The paper's rates, and some beyond on both sides, where the best may lie.
     baseline = get_config("inception,small").learning_rate
-    assert max(RATES) > 30 * baseline
     assert min(RATES) < baseline
+    assert max(RATES) > 30 * baseline
     assert {baseline, 5 * baseline, 30 * baseline} <= set(RATES)
+
+
+def test_the_sweep_of_delays_differs_in_them_alone(tmp_path):
+    configs = [
+        parse(task.command)
+        for task in make_tasks(SWEEPS["delays"], "small", 1, tmp_path, ())
+    ]
+    rates = {config["learning_rate"] * config["rate_multiple"] for config in configs}
+    assert rates == {5 * 0.0015}
+    for norm in False, True:
+        delays = [c["gradient_delay"] for c in configs if c["batch_norm"] == norm]
+        assert delays == sorted({0, *delays})
+        assert len(delays) > 2
 
 
 def test_the_sweep_of_figure_4_is_the_ensemble():
     names = [f"ensemble_{number}" for number in range(1, 7)]
     assert [run.variant for run in SWEEPS["ensemble"].runs] == names
     assert "--crops=1,144" in SWEEPS["ensemble"].evaluation
+
+
+def test_the_folder_of_the_data_is_handed_on(tmp_path):
+    for data_dir, flags_of_it in (("x/y", ["--data_dir=x/y"]), (None, [])):
+        for task in make_tasks(SWEEP, "small", 1, tmp_path, (), data_dir):
+            found = [each for each in task.command if each.startswith("--data_dir")]
+            assert found == flags_of_it
 
 
 def test_seeds_and_changes_of_the_user(tmp_path):
@@ -338,17 +372,20 @@ def test_comparisons_find_their_references(name, num_seeds, tmp_path):
         make_folder(Path(config.pop("workdir")), {0: 10.0, 100: 50.0}, **config)
     runs = read_runs([tmp_path])
     for arguments in SWEEPS[name].comparisons.values():
-        (argument,) = arguments
-        flag, _, value = argument.partition("=")
-        if flag == "--x":
-            assert value == "learning_rate"
-            # With and without batch normalisation, for two initialisations.
-            assert len(compare_rates(runs)["families"]) == 4
-        else:
-            assert flag == "--reference"
-            found = compare(runs, value)
-            assert found["reference"] == value
-            assert len(found["models"]) * num_seeds == len(runs)
+        flags_and_values = [argument.partition("=")[::2] for argument in arguments]
+        if ("--x", "learning_rate") in flags_and_values:
+            families = compare_rates(runs)["families"]
+            points = sum(len(family["points"]) for family in families)
+            assert points * num_seeds == len(runs)
+            continue
+        references = [value for flag, value in flags_and_values]
+        assert {flag for flag, _ in flags_and_values} <= {"--reference"}
+        found = compare(runs, references)
+        names = [reference["name"] for reference in found["references"]]
+        assert names == (references or names)
+        # Rates of the baseline are in a table of their own.
+        left_out = max(len(found["baselines_tried"]) - len(names), 0)
+        assert (len(found["models"]) + left_out) * num_seeds == len(runs)
 
 
 # Command lines. Every test from here on starts a process.

@@ -12,6 +12,7 @@ from experiments.configuration.fields import ConfigError
 from experiments.data.batches import batch_indices
 from experiments.data.errors import DataError
 from experiments.data.file_feed import ImageBatch
+from experiments.distributed import parallel
 from experiments.distributed.parallel import DeviceError
 from experiments.inception import data as data_module
 from experiments.inception import training
@@ -302,6 +303,22 @@ def test_nothing_is_made_for_an_impossible_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "shuffle", "refused"),
+    [(1, "shards", True), (2, "shards", False), (1, "examples", False)],
+)
+def test_one_file_cannot_be_shuffled_by_files(monkeypatch, files, shuffle, refused):
+    lengths = property(lambda split: [len(split) // files] * files)
+    monkeypatch.setattr(tiny_inception.TinySplit, "shard_lengths", lengths)
+    config = CONFIG | {"shuffle": shuffle}
+    if not refused:
+        tiny_data(config)
+        return
+    with pytest.raises(ConfigError, match=r"^--config\.shuffle=shards: ") as caught:
+        tiny_data(config)
+    assert "use --config.shuffle=examples." in str(caught.value)
+
+
 def test_missing_keys_are_named(tmp_path):
     config = {key: value for key, value in CONFIG.items() if key != "momentum"}
     with pytest.raises(ConfigError, match="lacks momentum;"):
@@ -542,15 +559,38 @@ def test_training_on_the_devices_is_of_the_same_examples(tmp_path, monkeypatch):
     )
 
 
-def test_a_run_on_the_devices_goes_on_to_the_same_bits(tmp_path):
-    run_tiny(DEVICE, tmp_path / "whole")
-    stop_run(tmp_path / "run", DEVICE, Experiment, "step", 6)
-    run_tiny(DEVICE, tmp_path / "run")
+@pytest.mark.parametrize("gradient_delay", [0, 3])
+def test_a_run_on_the_devices_goes_on_to_the_same_bits(tmp_path, gradient_delay):
+    """With gradients under way, too."""
+    config = DEVICE | {"gradient_delay": gradient_delay}
+    run_tiny(config, tmp_path / "whole")
+    stop_run(tmp_path / "run", config, Experiment, "step", 6)
+    run_tiny(config, tmp_path / "run")
     for name in RESULTS:
         one, other = (
             (tmp_path / each / name).read_bytes() for each in ("run", "whole")
         )
         assert one == other, name
+
+
+def test_test_images_are_decoded_once_where_training_images_lie_on_devices(monkeypatch):
+    data, decoded = tiny_data(DEVICE), []
+    original = tiny_inception.TinySplit.evaluation_example
+
+    def count(split, index, crops):
+        decoded.append(index)
+        return original(split, index, crops)
+
+    monkeypatch.setattr(tiny_inception.TinySplit, "evaluation_example", count)
+    files = list(tiny_data(CONFIG).testing(24))
+    for expected in 2 * len(decoded), 2 * len(decoded):
+        batches = list(data.testing(24))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            [np.asarray(each) for batch in batches for each in batch],
+            [parallel.shard(each, axis=0) for batch in files for each in batch],
+        )
+        assert len(decoded) == expected
 
 
 def test_another_feed_is_not_gone_on_with(copied):

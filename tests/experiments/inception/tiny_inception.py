@@ -17,6 +17,7 @@ from experiments.data.splits import Augmentation, Example, Split, UndecodableErr
 from experiments.inception.config import get_config
 from experiments.inception.data import Data, LoadSplits
 from experiments.inception.experiment import Experiment
+from experiments.inception.initialisation import Initialisation
 from experiments.inception.layers import Convolution, local_response_norm
 from experiments.inception.training import run
 
@@ -32,9 +33,12 @@ TINY = {
     "eval_examples": 24,
     "eval_batch_size": 16,
     "population_batches": 3,
+    "learning_rate": 0.01,
     "steps_per_decay": 18,
+    "decay_factor": 0.99,
     "image_size": 32,
     "width": 1.0,
+    "initialisation": "gaussian",
     "initial_std": 0.3,
     "decay": 0.9,
     "max_undecodable": 3,
@@ -61,7 +65,7 @@ class TinyInception(nn.Module):
     input_shift: tuple[float, ...] = ()
     per_activation_rows: tuple[str, ...] = ()
     auxiliary_head: bool = False
-    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    initialisation: Initialisation = Initialisation()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -74,7 +78,8 @@ class TinyInception(nn.Module):
             norm=norm,
             activation=self.activation,
             per_activation=bool(self.per_activation_rows),
-            kernel_init=self.kernel_init,
+            kernel_init=self.initialisation.weights("conv1"),
+            bias_init=self.initialisation.biases,
             dtype=self.dtype,
             name="conv1",
         )(images.astype(self.dtype))
@@ -86,7 +91,9 @@ class TinyInception(nn.Module):
             auxiliary = nn.Dense(self.num_classes, name="auxiliary")(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         logits = nn.Dense(
-            self.num_classes, kernel_init=self.kernel_init, name="classifier"
+            self.num_classes,
+            kernel_init=self.initialisation.weights("classifier"),
+            name="classifier",
         )(x)
         return logits if auxiliary is None or not train else (logits, auxiliary)
 

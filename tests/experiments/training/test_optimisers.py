@@ -98,3 +98,44 @@ def test_schedules_are_those_of_optax(text, expected):
 def test_a_missing_argument_is_named():
     with pytest.raises(ConfigError, match=r"--config.schedule=cosine: .*decay_steps"):
         make_schedule("cosine")
+
+
+# The gradient of a parabola depends on where it is taken.
+def slope(params):
+    return jax.tree.map(lambda leaf: 2 * leaf - 1, params)
+
+
+def descend(steps, gradient_delay, **options):
+    """All parameters on the way."""
+    optimiser = make_optimiser(gradient_delay=gradient_delay, **options)
+    state, params, way = optimiser.init(PARAMS), PARAMS, [PARAMS]
+    for _ in range(steps):
+        state = with_learning_rate(state, 0.1)
+        updates, state = optimiser.update(slope(params), state, params)
+        params = optax.apply_updates(params, updates)
+        way.append(params)
+    return way
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2, 5])
+def test_late_gradients_are_those_of_older_parameters(delay):
+    """A loop by hand, with momentum and the penalty on weights, in float64."""
+    way = descend(12, delay, momentum=0.9, l2_weight=0.3)
+    for part, penalty in (("kernel", 0.3), ("bias", 0.0)):
+        weights = [np.asarray(PARAMS["dense"][part], np.float64)]
+        momentum = np.zeros_like(weights[0])
+        for step in range(12):
+            if step >= delay:
+                old = weights[step - delay]
+                momentum = 0.9 * momentum + 2 * old - 1 + penalty * old
+            weights.append(weights[-1] - 0.1 * momentum)
+        found = [np.asarray(params["dense"][part]) for params in way]
+        np.testing.assert_allclose(found, weights, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_delay_nothing_is_kept():
+    states = [
+        make_optimiser(l2_weight=0.1, **late).init(PARAMS)
+        for late in ({}, {"gradient_delay": 0})
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

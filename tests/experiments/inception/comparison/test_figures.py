@@ -11,6 +11,7 @@ from experiments.running.figures import save
 from tests.experiments.helpers import read_files
 from tests.experiments.inception.comparison.test_models import (
     REFERENCE,
+    baselines,
     diverged,
     make_run,
 )
@@ -136,7 +137,7 @@ def test_figures_have_the_digits_that_the_table_needs():
     comparison = compare(runs)
     assert "first to reach 72.000%" in legend_of(figures.figure2(comparison))
     left, right = figures.figure3(comparison).axes
-    assert left.get_xlabel() == "steps to 72.000%"
+    assert left.get_xlabel() == "steps to 72.000%\n(inception)"
     assert words_of(right) == ["72.000 ± 2.828", "71.996"]
 
 
@@ -158,7 +159,7 @@ def test_figure3_has_bars_with_their_numbers(comparison):
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [model["name"] for model in comparison["models"]]
     assert left.get_xscale() == "linear"
-    assert left.get_xlabel() == "steps to 72.00%"
+    assert left.get_xlabel() == "steps to 72.00%\n(inception)"
     # The first model is at the top.
     assert left.get_ylim()[0] > left.get_ylim()[1]
 
@@ -177,11 +178,29 @@ def test_figure3_has_a_logarithmic_axis_where_bars_would_vanish():
     assert [bar.get_x() for bar in left.patches] == [start, start]
 
 
-def test_figure3_when_the_reference_never_learnt():
-    runs = [make_run("inception", {0: 10}), make_run("bn_x5", {0: 9, 10: 9.5})]
-    left, _ = figures.figure3(compare(runs)).axes
-    assert list(left.patches) == []
-    assert words_of(left) == ["0 (1.00x)", "stayed at chance"]
+def test_a_reference_that_never_learnt_has_no_panel_and_no_mark():
+    runs = [make_run("inception", {0: 10}), make_run("bn_x5", {0: 9, 10: 90})]
+    comparison = compare(runs)
+    (accuracy,) = figures.figure3(comparison).axes
+    assert words_of(accuracy) == ["10.00", "90.00"]
+    figure = figures.figure2(comparison)
+    assert legend_of(figure) == ["inception\nstayed at chance", "bn_x5"]
+
+
+def test_two_references_have_a_panel_and_a_mark_each():
+    runs = [*baselines(40, 70), make_run("bn_x5", {0: 10, 5: 40, 15: 70})]
+    comparison = compare(runs)
+    *panels, last = figures.figure3(comparison).axes
+    assert [words_of(panel) for panel in panels] == [
+        ["20 (1.00x)", "10 (2.00x)", "5 (4.00x)"],
+        ["never", "30 (1.00x)", "15 (2.00x)"],
+    ]
+    assert len(last.patches) == 3
+    figure = figures.figure2(comparison)
+    axes = figure.axes[0]
+    assert [mark[:2] for mark in marks_of(axes, "D")] == [(20, 40), (10, 69), (5, 40)]
+    assert [mark[:2] for mark in marks_of(axes, "v")] == [(30, 70), (15, 70)]
+    assert legend_of(figure)[-2:] == ["first to reach 40.00%", "first to reach 70.00%"]
 
 
 def test_rates_have_a_line_a_family_and_crosses_for_failures(rates):
@@ -215,7 +234,9 @@ def test_rates_without_failures_have_one_panel():
 
 def test_long_names_and_words_are_broken(comparison):
     long = " ".join(["word"] * 20)
-    comparison["models"][3] |= {"name": long, "outcome": long, "state": long}
+    model = comparison["models"][3]
+    model |= {"name": long, "state": long}
+    model["reach"][0]["outcome"] = long
     left, _ = figures.figure3(comparison).axes
     for text in (left.get_yticklabels()[3].get_text(), words_of(left)[3]):
         assert text.count("\n") == 2

@@ -4,6 +4,7 @@ from experiments.inception.comparison.models import PAPER, compare, compare_rate
 from experiments.inception.comparison.tables import comparison_page, rates_page
 from tests.experiments.inception.comparison.test_models import (
     REFERENCE,
+    baselines,
     diverged,
     make_run,
 )
@@ -41,32 +42,33 @@ def test_figure_3s_table_with_the_papers_beside_it():
     rate, nothing = "0.3", "—"
     assert table == [
         [
-            *("model", "initial rate", "paper", "steps to 72.00%", "paper, to 72.2%"),
-            *("ratio", "paper", "best accuracy, %", "at step", "paper"),
+            *("model", "initial rate", "paper", "steps to 72.00% (inception)"),
+            *("ratio", "paper, to 72.2%", "ratio", "best accuracy, %", "at step"),
+            *("in the end, %", "paper"),
         ],
         [
-            *("inception", rate, "0.0015", "20", "31.0M", "1.00", "1.0"),
-            *("72.00 ± 2.83", "20", "72.2"),
+            *("inception", rate, "0.0015", "20", "1.00", "31.0M", "1.0"),
+            *("72.00 ± 2.83", "20", nothing, "72.2"),
         ],
         [
-            *("bn_x5", rate, "0.0075", "2,000", "2.1M", "0.01", "14.8"),
-            *("73.46", "2,000", "73.0"),
+            *("bn_x5", rate, "0.0075", "2,000", "0.01", "2.1M", "14.8"),
+            *("73.46", "2,000", nothing, "73.0"),
         ],
         [
-            *("bn_x5_sigmoid", rate, "0.0075", "never", "never", nothing, nothing),
-            *("71.90", "20", "69.8"),
+            *("bn_x5_sigmoid", rate, "0.0075", "never", nothing, "never", nothing),
+            *("71.90", "20", nothing, "69.8"),
         ],
         [
-            *("inception_x5", rate, "0.0075", "diverged at step 1,234"),
-            *("reached machine infinity", nothing, nothing, "10.00", "0", nothing),
+            *("inception_x5", rate, "0.0075", "diverged at step 1,234", nothing),
+            *("reached machine infinity", nothing, "10.00", "0", nothing, nothing),
         ],
         [
-            *("inception_sigmoid", rate, nothing, "stayed at chance"),
-            *("stayed at chance", nothing, nothing, "10.00", "0", nothing),
+            *("inception_sigmoid", rate, nothing, "stayed at chance", nothing),
+            *("stayed at chance", nothing, "10.00", "0", nothing, nothing),
         ],
         [
-            *("mine", "0.0002", nothing, "3", nothing, "6.67", nothing),
-            *("72.00", "3", nothing),
+            *("mine", "0.0002", nothing, "3", "6.67", nothing, nothing),
+            *("72.00", "3", nothing, nothing),
         ],
     ]
 
@@ -76,8 +78,8 @@ def test_rounding_never_hides_who_reached_the_level():
     runs = [*REFERENCE, make_run("bn_x5", {0: 10, 20: 71.996})]
     page = comparison_page(compare(runs))
     (header, reference, model), _ = tables_of(page)
-    assert header[3] == "steps to 72.000%"
-    assert "its best accuracy, 72.000%, at step 20, is the level" in page
+    assert header[3] == "steps to 72.000% (inception)"
+    assert "its best accuracy, 72.000%, at step 20, is to be reached" in page
     assert reference[7] == "72.000 ± 2.828"
     assert model[3] == "never"
     assert model[7] == "71.996"
@@ -95,8 +97,11 @@ def test_final_accuracy_and_states():
             }.items()
         ),
     ]
-    _, table = tables_of(comparison_page(compare(runs)))
+    comparison, table = tables_of(comparison_page(compare(runs)))
     nothing = "—"
+    # By Algorithm 2's statistics, and the baseline, which has none, as it is.
+    in_the_end = [row[9] for row in comparison]
+    assert in_the_end == ["in the end, %", "61.50", nothing, "71.00 ± 0.00"]
     assert table == [
         ["model", "seeds", "state", "moving average", "Algorithm 2", "test batch"],
         ["inception", "0", "finished", "61.50 / 71.50", nothing, nothing],
@@ -109,6 +114,34 @@ def test_final_accuracy_and_states():
             *("71.00 ± 0.00 / 81.00 ± 0.00", "52.06 ± 2.92 / 62.06 ± 2.92"),
         ],
     ]
+
+
+def test_two_references_and_the_rates_they_were_chosen_from():
+    runs = [*baselines(10, 70, 60), make_run("bn_x5", {0: 10, 10: 65, 15: 71})]
+    page = comparison_page(compare(runs))
+    table, rates, _ = tables_of(page)
+    nothing = "—"
+    assert table[0][3:7] == [
+        *("steps to no level: at chance (inception at 0.0015)", "ratio"),
+        *("steps to 70.00% (inception at 0.0075)", "ratio"),
+    ]
+    assert [row[0] for row in table[1:]] == [
+        *("inception at 0.0015", "inception at 0.0075", "bn_x5"),
+    ]
+    at_chance = "the reference is at chance"
+    assert [row[3:7] for row in table[1:]] == [
+        [at_chance, nothing, "stayed at chance", nothing],
+        [at_chance, nothing, "30", "1.00"],
+        [at_chance, nothing, "15", "2.00"],
+    ]
+    assert rates == [
+        ["model", "initial rate", "best accuracy, %", "state"],
+        ["inception at 0.0015", "0.0015", "10.00", "stayed at chance"],
+        ["inception at 0.0075", "0.0075", "70.00", "finished"],
+        ["inception at 0.015", "0.015", "60.00", "finished"],
+    ]
+    assert "inception at 0.0015 (the paper's rate): it stayed at chance" in page
+    assert "inception at 0.0075 (the best of 3): its best accuracy" in page
 
 
 @pytest.mark.parametrize(
@@ -125,7 +158,14 @@ def test_final_accuracy_and_states():
             [make_run("inception", {0: 1, 5: 20}, summary=None)],
             "not finished, so that the level may still rise",
         ),
-        "chance": ([make_run("inception", {0: 1, 5: 1})], "reaching it means nothing"),
+        "chance": (
+            [make_run("inception", {0: 1, 5: 1})],
+            "stayed at chance, so that there is nothing to reach",
+        ),
+        "chance so far": (
+            [make_run("inception", {0: 1, 5: 1}, summary=None)],
+            "is not finished, and so far at chance, so that there is nothing",
+        ),
         "batches": (
             [*REFERENCE, make_run("bn_x5", {0: 1}, batch_size=1_024)],
             "Batch sizes differ (32, 1,024)",
@@ -147,7 +187,7 @@ def test_what_the_page_does_not_say_without_need():
         "not finished",
         "might raise",
         "Batch sizes",
-        "means nothing",
+        "nothing to reach",
         "seeds,",
     ):
         assert words not in page.split("## Runs")[0]
