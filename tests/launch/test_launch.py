@@ -289,12 +289,12 @@ def test_slurm_gives_each_task_its_cores(cluster, tmp_path):
     assert [call[1] for call in words] == asked
 
 
-@pytest.mark.parametrize("code", [0, FAILED, TRY_AGAIN, 134])
+@pytest.mark.parametrize("code", [0, FAILED, TRY_AGAIN, 134, 143])
 def test_a_job_that_can_go_on_is_queued_again(cluster, tmp_path, code):
     write_program(tmp_path / "bin", "srun", f"#!/usr/bin/env bash\nexit {code}\n")
     ended = launch("slurm.sbatch", "experiments.mnist", environment=cluster)
     assert ended.returncode == code
-    again = code in (TRY_AGAIN, 134)
+    again = code in (TRY_AGAIN, 134, 143)
     assert (tmp_path / "calls").exists() == again
     if again:
         assert (tmp_path / "calls").read_text() == "scontrol requeue 4242 \n"
@@ -328,7 +328,7 @@ def test_the_job_for_kubernetes():
         for rule in rules
         if "onExitCodes" in rule
     }
-    assert codes == {"FailJob": [FAILED], "Ignore": [TRY_AGAIN, 134]}
+    assert codes == {"FailJob": [FAILED], "Ignore": [TRY_AGAIN, 134, 143]}
 
 
 @pytest.mark.slow
