@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.experiments.helpers import REPOSITORY
+from tests.experiments.helpers import REPOSITORY, command_environment
 
 WRITE = """
 import os, sys
@@ -80,3 +80,24 @@ def test_terminals_of_other_encodings(tmp_path, encoding, expected):
     done, _ = run(tmp_path, "", code, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
     assert done.stdout.decode(encoding) == expected + "\n"
     assert done.stderr == b""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "redirection", ["| head -1", "<&- >&- 2>&-", ">/dev/full 2>&1"]
+)
+def test_a_real_run_comes_to_its_end(tmp_path, redirection):
+    arguments = (
+        "--config.num_steps=200 --config.num_seeds=1 --config.population_batches=5"
+    )
+    line = f"{sys.executable} -m experiments.mnist --workdir={tmp_path / 'run'} {arguments}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} {redirection}"],
+        cwd=REPOSITORY,
+        env=command_environment(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
