@@ -87,10 +87,9 @@ def test_terminals_of_other_encodings(tmp_path, encoding, expected):
     "redirection", ["| head -1", "<&- >&- 2>&-", ">/dev/full 2>&1"]
 )
 def test_a_real_run_comes_to_its_end(tmp_path, redirection):
-    arguments = (
-        "--config.num_steps=200 --config.num_seeds=1 --config.population_batches=5"
-    )
-    line = f"{sys.executable} -m experiments.mnist --workdir={tmp_path / 'run'} {arguments}"
+    run = tmp_path / "run"
+    line = f"{sys.executable} -m experiments.mnist --workdir={run} "
+    line += "--config.num_steps=200 --config.num_seeds=1 --config.population_batches=5"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line} {redirection}"],
         cwd=REPOSITORY,
@@ -100,4 +99,4 @@ def test_a_real_run_comes_to_its_end(tmp_path, redirection):
     )
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr
-    assert (tmp_path / "run" / "summary.json").exists()
+    assert (run / "summary.json").exists()
