@@ -360,10 +360,10 @@ def _chance(runs: Sequence[Run]) -> float:
 def _near_chance(chance: float) -> float:
     """The accuracy up to which a network has learnt next to nothing.
 
-    Twice chance, as evaluations are noisy and classes not equally frequent; but a
-    twentieth of the way to 100% at most.
+    Twice chance, as the best of many noisy evaluations is taken and classes are not
+    equally frequent; but a tenth of the way to 100% at most.
     """
-    return chance + min(chance, (100 - chance) / 20)
+    return chance + min(chance, (100 - chance) / 10)
 
 
 def _evaluation_interval(models: Sequence[Mapping[str, Any]]) -> list[int] | None:
