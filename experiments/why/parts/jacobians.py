@@ -24,7 +24,7 @@ from experiments.why.probes.layer_jacobians import singular_values
 from experiments.why.subjects import looks_of, mnist_network
 from experiments.why.training import States, train
 
-EXAMPLES = 32  # that Jacobians are taken at
+EXAMPLES = 8  # that Jacobians are taken at
 PERCENTILES = (10, 50, 90)
 # A name in the figure: the network, and whether its vectors are normalised first.
 CURVES = {
@@ -115,9 +115,9 @@ def transformations(
 def _moments_of(u: jax.Array, normalised: bool, eps: float) -> BatchStats:
     """The batch's, or those that normalise to the same again."""
     _, mean, var = bn_jax.moments(u)
-    return (
-        BatchStats(mean, var) if normalised else BatchStats(0 * mean, 0 * var + 1 - eps)
-    )
+    if normalised:
+        return BatchStats(mean, var)
+    return BatchStats(jnp.zeros_like(mean), jnp.full_like(var, 1 - eps))
 
 
 def _normalise(by: BatchStats, eps: float, u: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def _normalise(by: BatchStats, eps: float, u: jax.Array) -> jax.Array:
     return bn_jax.batch_norm(plain, by, u, train=False, eps=eps)[0]
 
 
-def _activate(norm: BatchNormParams, x: jax.Array) -> jax.Array:
+def _activate(norm: Any, x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(x * norm.scale + norm.bias)
 
 
