@@ -68,7 +68,7 @@ def _look(model: Model, states: TrainState, probe: Examples) -> dict[str, jax.Ar
         everything = isinstance(params[0], Layer)
         hidden = [layer.bias for layer in params[:-1]] if everything else params
         loss, _ = loss_of(model, params, state.batch_stats, probe, jax.random.key(0))
-        return {"bias": optax.global_norm(hidden), "loss": loss}
+        return {"bias": optax.tree.norm(hidden), "loss": loss}
 
     return jax.vmap(of_replica)(states)
 

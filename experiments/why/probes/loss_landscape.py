@@ -45,12 +45,12 @@ def along_gradient(
       One value a step size. Where the gradient is 0, smoothness is NaN.
     """
     value, gradient = jax.value_and_grad(loss)(params)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
 
     def look(step_size: jax.Array) -> tuple[jax.Array, jax.Array]:
         there = jax.tree.map(lambda w, g: w - step_size * g, params, gradient)
         other_value, other = jax.value_and_grad(loss)(there)
-        change = optax.global_norm(jax.tree.map(jnp.subtract, gradient, other))
+        change = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, other))
         return other_value, change
 
     sizes = jnp.asarray(step_sizes, norm.dtype)
