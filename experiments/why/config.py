@@ -83,6 +83,8 @@ FIELDS = {
     "depth_rates": Field(
         (0.01, 0.1), "learning rates of depth; the better counts", positive()
     ),
+    # Of few steps the moving averages are to forget where they began.
+    "depth_decay": Field(0.9, "in place of decay, in depth", share()),
     "depth_width": Field(32, "units of each layer", at_least(1)),
     "depth_steps": Field(200, "training steps of depth", at_least(1)),
     # order: before or after the nonlinearity.

@@ -1,5 +1,6 @@
 """The parts one after another: what is measured is kept, and not measured again."""
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,13 +36,19 @@ PARTS: Mapping[str, Part] = {
 }
 
 
-def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
+def run(
+    config: dict[str, Any],
+    workdir: Path,
+    data_dir: str | None,
+    parts: Mapping[str, Part] = PARTS,
+) -> None:
     """Measures what is not measured yet, then writes tables and figures.
 
     Args:
       config: as `experiments.why.config` has it.
       workdir: folder for the results.
       data_dir: folder of prepared tensorflow-datasets, or None.
+      parts: by the names that `config["parts"]` has.
 
     Raises:
       ConfigError: the configuration makes no sense.
@@ -52,42 +59,45 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
     check(config)
     data = load(config, data_dir)
     described = {**config, "data_checksum": data.checksum}
-    with open_workdir(workdir, described, CONFIGURATION):
-        log = MetricsLog(workdir / "results.jsonl")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(open_workdir(workdir, described, CONFIGURATION))
+        log = stack.enter_context(
+            contextlib.closing(MetricsLog(workdir / "results.jsonl"))
+        )
         coming = [
             (name, setting)
             for name in as_tuple(config["parts"])
-            for setting in as_json(PARTS[name].settings(config))
+            for setting in as_json(parts[name].settings(config))
             if not _rows_of(log.rows, name, setting)
         ]
-        with progress_bar(len(log.rows) + len(coming), len(log.rows), "setting") as bar:
-            for name, setting in coming:
-                values = " ".join(map(str, setting.values()))
-                bar.set_postfix_str(f"{name} {values}", refresh=False)
-                began = time.monotonic()
-                measured = PARTS[name].measure(config, data, setting)
-                log.write(
-                    {
-                        "part": name,
-                        "setting": setting,
-                        "measured": measured,
-                        "seconds": round(time.monotonic() - began, 1),
-                    }
-                )
-                log.flush()
-                log.check()
-                bar.update()
-        log.close()
-        text = _conclude(config, log.rows, workdir)
+        done = len(log.rows)
+        bar = stack.enter_context(progress_bar(done + len(coming), done, "setting"))
+        for name, setting in coming:
+            values = " ".join(map(str, setting.values()))
+            bar.set_postfix_str(f"{name} {values}", refresh=False)
+            began = time.monotonic()
+            measured = parts[name].measure(config, data, setting)
+            seconds = round(time.monotonic() - began, 1)
+            row = {"part": name, "setting": setting, "measured": measured}
+            log.write({**row, "seconds": seconds})
+            log.flush()
+            log.check()
+            bar.update()
+        text = _conclude(config, log.rows, workdir, parts)
     print(text)
     print(f"Figures, why.md, results.jsonl and summary.json are in {workdir}.")
 
 
-def _conclude(config: Mapping[str, Any], rows: Sequence[Row], workdir: Path) -> str:
+def _conclude(
+    config: Mapping[str, Any],
+    rows: Sequence[Row],
+    workdir: Path,
+    parts: Mapping[str, Part],
+) -> str:
     """Writes tables and figures of all parts that are measured; returns the tables."""
     sections = ["# Why batch normalisation helps"]
     seconds = {}
-    for name, part in PARTS.items():
+    for name, part in parts.items():
         of_part = _rows_of(rows, name)
         if not of_part:
             continue

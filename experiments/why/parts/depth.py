@@ -38,7 +38,7 @@ def measure(config: Config, data: Data, setting: Setting) -> Measured:
             data.num_classes,
             batch_norm=name != WITHOUT,
             activation=setting["activation"],
-            decay=config["decay"],
+            decay=config["depth_decay"],
             epsilon=config["epsilon"],
         )
         for name in NETWORKS
