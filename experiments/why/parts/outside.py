@@ -86,7 +86,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 )
         column[0].set_title(TRAINED[row["setting"]["trained"]], fontsize="medium")
         column[1].set_xlabel("training steps")
-        column[1].set_ylim(bottom=0)
+        column[1].set_ylim(0, 1.05 * column[1].dataLim.y1)
     panels[0, 0].set_ylabel("norm of the biases")
     panels[1, 0].set_ylabel("loss of a training batch")
     add_legend(figure)
@@ -98,7 +98,7 @@ def tables(rows: Sequence[Row]) -> str:
     cells, header = [], ["trained", "network"]
     steps = rows[0]["measured"]["steps"]
     chosen = (0, len(steps) // 2, len(steps) - 1)
-    for label in ("|b|", "loss"):
+    for label in ("norm of biases", "loss"):
         header += [f"{label} at {steps[at]}" for at in chosen]
     for row in rows:
         for name, of in row["measured"]["networks"].items():

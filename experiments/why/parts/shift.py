@@ -89,7 +89,8 @@ def draw(rows: Sequence[Row]) -> Figure:
                 draw_line(panel, steps, name, _later_layers(measured[key]).mean((1, 2)))
         for panel in column[:2]:
             panel.set_yscale("log")
-        column[2].set_ylim(top=1.02)
+        lowest, _ = column[2].get_ylim()
+        column[2].set_ylim(lowest, 1 + 0.05 * (1 - lowest))
         column[0].set_title(subjects.describe(row["setting"]), fontsize="medium")
         column[-1].set_xlabel("training steps")
     for panel, label in zip(panels[:, 0], MEASURES.values(), strict=True):
