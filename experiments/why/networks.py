@@ -24,10 +24,17 @@ class Model(NamedTuple):
         parameters and statistics.
       apply: (params, stats, inputs, train=, key=) -> logits and new statistics. The key
         is for dropout and noise.
+      over_replicas: makes a function of one replica one of many, with a leading axis.
     """
 
     init: Callable[[jax.Array, jax.Array], tuple[Any, Any]]
     apply: Callable[..., tuple[jax.Array, Any]]
+    over_replicas: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.vmap
+
+
+def one_after_another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `jax.vmap`, in a loop."""
+    return lambda *arrays: jax.lax.map(lambda each: function(*each), arrays)
 
 
 class Layer(NamedTuple):
@@ -321,4 +328,5 @@ def inception(
         )
         return logits, updated.get("batch_stats", {})
 
-    return Model(init, apply)
+    # Side by side, convolutions would be grouped ones, which are slow on a CPU.
+    return Model(init, apply, one_after_another)

@@ -158,6 +158,6 @@ def _train_steps(
         return TrainState(state.step + 1, params, stats, opt_state), value
 
     def step(states: TrainState, index: jax.Array) -> tuple[TrainState, jax.Array]:
-        return jax.vmap(train_step)(states, index, seeds)
+        return model.over_replicas(train_step)(states, index, seeds)
 
     return jax.lax.scan(step, states, indices)

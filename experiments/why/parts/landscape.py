@@ -64,7 +64,7 @@ def _look(
 
         return along_gradient(loss, state.params, sizes)
 
-    return jax.vmap(of_replica)(states, seeds)
+    return model.over_replicas(of_replica)(states, seeds)
 
 
 def _ranges(found: Landscape) -> dict[str, Any]:

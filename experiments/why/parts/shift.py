@@ -76,7 +76,7 @@ def _look(
         moved = jax.tree.map(lambda w, g: w - rate * g, state.params, gradient)
         return covariate_shift(loss, state.params, moved)
 
-    return jax.vmap(of_replica)(states, seeds)
+    return model.over_replicas(of_replica)(states, seeds)
 
 
 def draw(rows: Sequence[Row]) -> Figure:
