@@ -26,7 +26,9 @@ FIELDS = {
     # Others may be added to a folder later.
     "parts": Field(PARTS, "what to measure", choices=PARTS, role=Role.LAUNCH),
     "dataset": Field("mnist", "tensorflow-datasets name; mnist is in the package"),
-    **several(3, "initial weights and in the data's order; depth takes the first"),
+    **several(
+        3, "initial weights and in the data's order; depth and Inception take the first"
+    ),
     # The network of section 4.1, which all parts but depth train.
     "hidden": Field((100, 100, 100), "units of the hidden layers", at_least(1)),
     "batch_size": Field(60, "examples a step", at_least(2)),
@@ -67,8 +69,8 @@ FIELDS = {
         32, "examples of its step, and of a measurement", at_least(2)
     ),
     "inception_rate": Field(0.05, "its learning rate", positive()),
-    "inception_steps": Field(60, "its training steps", at_least(1)),
-    "inception_looks": Field(6, "its measurements, beside that at step 0", at_least(1)),
+    "inception_steps": Field(40, "its training steps", at_least(1)),
+    "inception_looks": Field(4, "its measurements, beside that at step 0", at_least(1)),
     # outside: normalising outside the gradient.
     "outside_rate": Field(0.1, "learning rate of outside", positive()),
     "outside_steps": Field(1_000, "training steps of outside", at_least(1)),
