@@ -13,13 +13,22 @@ from experiments.inception.comparison.tables import (
     level_in_words,
     steps_in_words,
 )
+from experiments.running.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+)
 from experiments.running.tables import spread
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, but for the yellow;
-# then three darker ones. The styles help where colours alone do not.
+# After the palette two darker ones. The styles help where colours alone do not.
 COLORS = (
-    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-    *("#882255", "#7F7F7F", "#808000"),
+    *(BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY),
+    *("#882255", GREY, "#808000"),
 )
 LINESTYLES = ("-", "--", "-.", ":")
 LEVEL_MARKS = "Dvsp^<"  # where a curve reaches each reference's level

@@ -1,0 +1,1 @@
+"""Why batch normalisation helps: measurements that the papers argue with."""

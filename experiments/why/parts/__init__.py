@@ -1,0 +1,1 @@
+"""The parts of the experiment: what each trains, measures, draws and tabulates."""

@@ -1,0 +1,1 @@
+"""Measurements of a network, and changed normalisations, as pure functions."""
