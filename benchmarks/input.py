@@ -26,9 +26,10 @@ import jax
 import numpy as np
 
 from benchmarks import network, results
+from experiments.data.core_processes import all_cores
 from experiments.data.crops import training_crop
 from experiments.data.device_augmentation import DeviceExamples
-from experiments.data.file_feed import UndecodableImages, all_cores, training_batches
+from experiments.data.file_feed import UndecodableImages, training_batches
 from experiments.data.splits import Augmentation, Example
 
 SYNTHETIC_IMAGES, BATCH, SIZE = 256, 32, 224

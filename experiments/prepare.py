@@ -2,6 +2,7 @@
 
     python -m experiments.prepare imagenet2012 --manual_dir=DIR [--data_dir=DIR]
     python -m experiments.prepare NAME [--data_dir=DIR] [--manual_dir=DIR]
+    python -m experiments.prepare NAME --image_dir=DIR [--data_dir=DIR]
     python -m experiments.prepare NAME --convert_from=DIR [--data_dir=DIR]
 
 ImageNet is made from two archives that image-net.org gives to those who register:
@@ -13,12 +14,21 @@ and the space on the disk (158 GB). Checked at the end: 1,281,167 and 50,000 ima
 Any other set is downloaded and prepared by its own code in tensorflow-datasets, which
 for many sets needs TensorFlow; the command says so.
 
-The third form copies a set that was prepared as TFRECORD, on all cores; training reads
+The third form makes a set called NAME of images of your own, JPEGs and PNGs, on all
+cores: DIR has a folder a class, or train and val with such folders. Where there is no
+val, a share is held out by a hash of each file's name. An extracted ImageNet is one,
+too, with NAME imagenet2012; its validation images may lie in val itself. A report says
+what could not be read, which images are copies of others, and how many each class has.
+A run that was stopped goes on when started again.
+
+The fourth form copies a set that was prepared as TFRECORD, on all cores; training reads
 TFRECORD as it is, too, but array_record files are faster to open.
 
 Sets are prepared in the array_record form. One that is there already is left alone, and
 nothing half-written is left where sets are looked for.
 """
+
+from pathlib import Path
 
 from absl import flags
 
@@ -36,6 +46,25 @@ _MANUAL_DIR = flags.DEFINE_string(
 )
 _CONVERT_FROM = flags.DEFINE_string(
     "convert_from", None, "Folder of prepared sets that holds this one as TFRECORD."
+)
+_IMAGE_DIR = flags.DEFINE_string(
+    "image_dir", None, "Folder of images, in a folder a class; see above."
+)
+_HELD_OUT = flags.DEFINE_float(
+    "held_out",
+    0.1,
+    "Of --image_dir, the share of the images that is held out where there is no val.",
+    lower_bound=0,
+    upper_bound=1,
+)
+_LABELS = flags.DEFINE_string(
+    "labels",
+    None,
+    "Of --image_dir, a file with name and class of every image that lies in val itself "
+    "(default: for imagenet2012 the official ones).",
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "With --image_dir: say what the set would hold, and stop."
 )
 _CHECK = flags.DEFINE_enum(
     "check",
@@ -59,6 +88,21 @@ def main(arguments: list[str]) -> None:
 
         convert(arguments[0], _CONVERT_FROM.value, _DATA_DIR.value)
         return
+    if _IMAGE_DIR.value:
+        from experiments.data.preparation import prepare_own
+
+        prepare_own(
+            arguments[0],
+            _IMAGE_DIR.value,
+            _DATA_DIR.value,
+            held_out=_HELD_OUT.value,
+            labels=_LABELS.value and Path(_LABELS.value).expanduser(),
+            official=_CHECK.value == "size",
+            dry_run=_DRY_RUN.value,
+        )
+        return
+    if _DRY_RUN.value:
+        raise ConfigError("--dry_run goes with --image_dir alone; leave it out")
     from experiments.data.preparation import prepare
 
     prepare(

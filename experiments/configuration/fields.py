@@ -22,6 +22,7 @@ class Role(enum.Enum):
     NUMBERS = "changes the numbers"
     SEED = "tells runs of one model apart"
     NAME = "names the run"
+    LENGTH = "how long to train: another start may make it larger"
     LAUNCH = "only launches: another start may change it"
 
 
@@ -76,10 +77,13 @@ class Configuration:
       fields: by key.
       changes: from a variant's name, "" for none, to the values that it changes. It
         raises ValueError for a name that is unknown.
+      why_as_long: why a run with certain values cannot be made longer: what it has
+        done would have been something else. Empty if it can.
     """
 
     fields: Mapping[str, Field]
     changes: Callable[[str], Mapping[str, Any]]
+    why_as_long: Callable[[Mapping[str, Any]], str] = lambda config: ""
 
     def values(self, variant: str = "") -> dict[str, Any]:
         """The configuration of a variant.
@@ -129,21 +133,44 @@ class Configuration:
           now: of the same run, started again.
         """
         absent = "absent"
-        launching = self.keys(Role.LAUNCH)
+        launching, lengths = self.keys(Role.LAUNCH), self.keys(Role.LENGTH)
         known = {key: field.default for key, field in self.fields.items()}
-        return [
-            f"{key}: {before} there, {now.get(key, absent)} now"
-            for key in sorted(earlier.keys() | (now.keys() & known))
-            if key not in launching
-            for before in [earlier.get(key, as_json(known.get(key)))]
-            if not _is_same(before, now.get(key, absent))
-        ]
+        found = []
+        for key in sorted(earlier.keys() | (now.keys() & known)):
+            before = earlier.get(key, as_json(known.get(key)))
+            after = now.get(key, absent)
+            if key in launching or _is_same(before, after):
+                continue
+            difference = f"{key}: {before} there, {after} now"
+            if key in lengths and _is_longer(before, after):
+                if not (reason := self.why_as_long(now)):
+                    continue
+                difference += f", which would change the past ({reason})"
+            found.append(difference)
+        return found
+
+    def extension(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        """Says by how much a run becomes longer; empty if it does not.
+
+        Args:
+          earlier: of a run's folder.
+          now: of the same run, with no `differences`.
+        """
+        return ", ".join(
+            f"{key} from {earlier[key]:,} to {now[key]:,}"
+            for key in self.keys(Role.LENGTH)
+            if _is_longer(earlier.get(key), now.get(key))
+        )
 
 
 def _is_same(earlier: Any, now: Any) -> bool:
     if isinstance(earlier, Mapping) and isinstance(now, Mapping):
         return all(value == now.get(key) for key, value in earlier.items())
     return bool(earlier == now)
+
+
+def _is_longer(earlier: Any, now: Any) -> bool:
+    return _is_whole(earlier) and _is_whole(now) and now > earlier
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:

@@ -1,15 +1,13 @@
 """Rewrites a set that was prepared as TFRECORD in the array_record form."""
 
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from etils import epath
 
+from experiments.data.core_processes import core_processes
 from experiments.data.errors import DataError
-from experiments.data.file_feed import all_cores
 from experiments.data.files import missing_file
 from experiments.data.metadata import data_directory, read_info
 from experiments.data.new_directory import temporary_directory
@@ -18,7 +16,7 @@ from experiments.data.tfrecord import read_records
 from experiments.distributed.progress import progress_bar
 
 # As TFDS writes them: every record can be read without its neighbours.
-_WRITER_OPTIONS = "group_size:1"
+WRITER_OPTIONS = "group_size:1"
 _INFO_FILE = "dataset_info.json"
 
 
@@ -74,11 +72,8 @@ def convert(name: str, source_dir: str, data_dir: str | None) -> None:
 def _convert_files(
     paths: Sequence[epath.Path], lengths: Sequence[int], directory: Path
 ) -> None:
-    # A fork of a process with threads, which libraries start, may hang.
-    context = multiprocessing.get_context("spawn")
-    workers = min(all_cores(), len(paths))
     with (
-        ProcessPoolExecutor(workers, context) as pool,
+        core_processes(len(paths)) as pool,
         progress_bar(len(paths), 0, "file") as bar,
     ):
         targets = [
@@ -104,7 +99,7 @@ def convert_file(path: epath.Path, length: int, target: Path) -> None:
 
     if not path.exists():
         raise missing_file(path)
-    writer = array_record_module.ArrayRecordWriter(str(target), _WRITER_OPTIONS)
+    writer = array_record_module.ArrayRecordWriter(str(target), WRITER_OPTIONS)
     number = 0
     for record in read_records(path):
         writer.write(record)

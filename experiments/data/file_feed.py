@@ -7,11 +7,7 @@ seed and the step alone: a run that goes on starts at its step.
 """
 
 import functools
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments.data.batches import batch_indices
+from experiments.data.core_processes import leave_signals_to_parent
 from experiments.data.errors import DataError
 from experiments.data.splits import Example, Split, UndecodableError
 
@@ -149,11 +146,6 @@ def evaluation_batches(
     )
     numbers = range(-(-num_examples // batch_size))
     return _made_ahead(make, numbers, workers, undecodable)
-
-
-def all_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class _Made(NamedTuple):
@@ -325,15 +317,5 @@ def _prepare_worker(number: int, count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     # Every core has a worker; OpenCV's own threads would only compete with them.
     cv2.setNumThreads(0)
-    # Ctrl-C reaches all processes of a terminal, a scheduler's SIGTERM all of a job:
-    # the parent decides what they mean, and may still want batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+    # The parent may still want batches.
+    leave_signals_to_parent()

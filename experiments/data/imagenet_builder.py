@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAME = "imagenet2012"
 
 # By TFDS, in its package: the classes of validation images 1, 2, ...
-_VALIDATION_LABELS = "datasets/imagenet2012/validation_labels.txt"
+VALIDATION_LABELS = "datasets/imagenet2012/validation_labels.txt"
 _MEGABYTE = 10**6
 
 _Examples = Iterator[tuple[str, dict[str, Any]]]
@@ -60,7 +60,7 @@ def make_builder(
 
     registered = tfds.builder_cls(NAME)(data_dir=data_dir)
     classes = frozenset(registered.info.features["label"].names)
-    validation_labels = tfds.core.tfds_path(_VALIDATION_LABELS).read_text().split()
+    validation_labels = tfds.core.tfds_path(VALIDATION_LABELS).read_text().split()
     sources = {
         "train": _Source(TRAIN, functools.partial(read_train, classes=classes)),
         "validation": _Source(

@@ -23,6 +23,21 @@ def temporary_directory(path: Path, name: str) -> Iterator[None]:
     Raises:
       DataError: another process is at work there.
     """
+    with alone(path, name):
+        clear(path)
+        try:
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(path: Path, name: str) -> Iterator[None]:
+    """Keeps other processes from a directory, whose parent must exist.
+
+    Raises:
+      DataError: another process is at work there.
+    """
     with open_lock(path.with_name(".lock")) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,10 +46,15 @@ def temporary_directory(path: Path, name: str) -> Iterator[None]:
                 f"another process is preparing {name} in {path.parent}; wait for "
                 "it, or choose another --data_dir"
             ) from None
-        shutil.rmtree(path, ignore_errors=True)
-        if os.path.lexists(path):
-            raise DataError(f"{path} is in the way; remove it")
-        try:
-            yield
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def clear(path: Path) -> None:
+    """Deletes a directory, if there is one.
+
+    Raises:
+      DataError: there is something that does not go.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        raise DataError(f"{path} is in the way; remove it")

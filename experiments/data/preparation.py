@@ -3,8 +3,10 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 from experiments.data.errors import DataError
+from experiments.data.folder_set import prepare_folders
 from experiments.data.imagenet import prepare_imagenet
 from experiments.data.imagenet_builder import NAME as IMAGENET
 from experiments.data.metadata import data_directory
@@ -28,17 +30,39 @@ def prepare(
     if name != IMAGENET:
         _prepare_registered(name, str(directory), manual_dir)
         return
-    if "://" in str(directory):
-        raise DataError(
-            f"--data_dir={directory} is no folder of this machine: expected one, in "
-            "which files can be written; copy the set to the bucket afterwards"
-        )
     if manual_dir is None:
         raise DataError(
             f"{IMAGENET} is made from two archives that nobody may pass on: expected "
             "their folder as --manual_dir (see --help)"
         )
-    prepare_imagenet(Path(manual_dir).expanduser(), Path(directory), official=official)
+    prepare_imagenet(Path(manual_dir).expanduser(), _local(data_dir), official=official)
+
+
+def prepare_own(
+    name: str, image_dir: str, data_dir: str | None, **options: Any
+) -> None:
+    """Makes a set of images in folders, as `folder_set.prepare_folders` does.
+
+    Args:
+      name: of the set.
+      image_dir: folder of the images.
+      data_dir: the directory that is to hold the set, or None for TFDS's default.
+      **options: as `prepare_folders` takes them.
+
+    Raises:
+      DataError: if the set cannot be made; the message says why.
+    """
+    prepare_folders(name, Path(image_dir).expanduser(), _local(data_dir), **options)
+
+
+def _local(data_dir: str | None) -> Path:
+    directory = str(data_directory(data_dir))
+    if "://" in directory:
+        raise DataError(
+            f"--data_dir={directory} is no folder of this machine: expected one, in "
+            "which files can be written; copy the set to the bucket afterwards"
+        )
+    return Path(directory)
 
 
 def _prepare_registered(name: str, data_dir: str, manual_dir: str | None) -> None:

@@ -95,7 +95,7 @@ TRAINING = {
     # GoogLeNet's (4% down every 8 epochs: 320,000 batches of 32), the third is that of
     # its published Caffe model. A fifth of it is what TF-Slim trains this network with.
     "batch_size": Field(32, "examples a step, over all devices", at_least(2)),
-    "num_steps": Field(31_000_000, "training steps", at_least(1)),
+    "num_steps": Field(31_000_000, "training steps", at_least(1), role=Role.LENGTH),
     "optimiser": Field(
         "sgd",
         "Optax's, alone or with its arguments, as lars(weight_decay=1e-4)",
@@ -338,7 +338,16 @@ def changes(variant: str) -> Changes:
     return changed | schedule | of_size
 
 
-CONFIGURATION = Configuration(FIELDS, changes)
+def why_as_long(config: Mapping[str, Any]) -> str:
+    """Why a run cannot be made longer; empty if it can."""
+    from experiments.training.optimisers import spread_over
+
+    text = config["schedule"]
+    length = spread_over(text)
+    return f"schedule={text} takes {length} from num_steps" if length else ""
+
+
+CONFIGURATION = Configuration(FIELDS, changes, why_as_long)
 
 
 def get_config(variant: str = "") -> ConfigDict:

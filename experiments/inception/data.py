@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from experiments.configuration.fields import ConfigError
+from experiments.data.core_processes import all_cores
 from experiments.data.datasets import load_splits
 from experiments.data.device_augmentation import DeviceExamples
 from experiments.data.device_feed import DeviceFeed, fits_on_device
 from experiments.data.file_feed import (
     ImageBatch,
     UndecodableImages,
-    all_cores,
     evaluation_batches,
     training_batches,
 )

@@ -21,6 +21,7 @@ from experiments.inception.network import KEEP_CONVOLUTIONS, Inception
 from experiments.inception.scores import Scores, score
 from experiments.training import evaluation, steps
 from experiments.training.optimisers import (
+    LENGTHS,
     make_optimiser,
     make_schedule,
     with_learning_rate,
@@ -48,8 +49,7 @@ def learning_rates(config: Mapping[str, Any], steps: np.ndarray) -> np.ndarray:
             "decay_rate": config["decay_factor"],
             "speed": config["decay_speed"],
         },
-        linear={"transition_steps": config["num_steps"]},
-        cosine={"decay_steps": config["num_steps"]},
+        **{name: {length: config["num_steps"]} for name, length in LENGTHS.items()},
     )
     rates: np.ndarray = schedule(np.asarray(steps))
     return rates * config["learning_rate"] * config["rate_multiple"]

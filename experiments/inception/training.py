@@ -256,7 +256,9 @@ def _population_state(
         Checkpoints(workdir / POPULATION, experiment.config)
     ) as checkpoints:
         same = same_run(experiment.config, CONFIGURATION)
-        if restored := checkpoints.restore_newest(trained.states, same):
+        restored = checkpoints.restore_newest(trained.states, same)
+        # A run that was extended has an earlier one, too.
+        if restored and restored.step == trained.step:
             return restored.states[NETWORK]
         state = trained.states[NETWORK]
         batches = experiment.config["population_batches"]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from experiments.configuration.fields import (
     Configuration,
     Field,
+    Role,
     at_least,
     positive,
     share,
@@ -29,7 +30,7 @@ FIELDS = {
     "dataset": Field("mnist", "tensorflow-datasets name; mnist is in the package"),
     "binarise": Field(True, "pixels become 0 or 1 (above 127), as in the paper"),
     "hidden": Field((100, 100, 100), "units of the hidden layers", at_least(1)),
-    "num_steps": Field(50_000, "training steps", at_least(1)),
+    "num_steps": Field(50_000, "training steps", at_least(1), role=Role.LENGTH),
     "batch_size": Field(60, "examples a step, over all devices", at_least(2)),
     **several(3, "initial weights and in the data's order"),
     # Of the rates 0.01, 0.1 and 0.5 the one that is best for the network without batch

@@ -116,6 +116,8 @@ def check_same_config(
 ) -> None:
     """Compares a configuration with that of the folder; where it has none, writes it.
 
+    So it does where the run becomes longer, which is then no longer finished.
+
     Raises:
       WorkdirError: they differ.
     """
@@ -123,10 +125,16 @@ def check_same_config(
     if not path.exists():
         write_json(path, config)
         return
-    differences = configuration.differences(read_json(path), config)
+    earlier = read_json(path)
+    differences = configuration.differences(earlier, config)
     if differences:
         raise WorkdirError(
             f"{workdir} holds a run of another configuration: "
             f"{'; '.join(differences)}. Choose another --workdir, or give that "
             "configuration to go on with it."
         )
+    if extension := configuration.extension(earlier, config):
+        print(f"The run in {workdir} is extended: {extension}.")
+        # First: it marks the shorter run as finished.
+        (workdir / "summary.json").unlink(missing_ok=True)
+        write_json(path, config)

@@ -52,6 +52,20 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
     "cosine": _cosine,
 }
 
+# Arguments that are the number of a run's steps where a text has none.
+LENGTHS = {"linear": "transition_steps", "cosine": "decay_steps"}
+
+
+def spread_over(text: str) -> str:
+    """The argument of a schedule that follows from the run's length; empty if none.
+
+    Args:
+      text: a name of `SCHEDULES`, with arguments or without.
+    """
+    name, arguments = parse_call(text, SCHEDULES)
+    length = LENGTHS.get(name, "")
+    return "" if length in arguments else length
+
 
 def named(table: Mapping[str, Callable[..., Any]]) -> Check:
     """A name of a table, alone or with arguments, as "lars(weight_decay=1e-4)"."""

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments.data.prepared_splits import load_prepared_splits
 from experiments.data.splits import Augmentation
 from tests.experiments.data.imagenet_shaped import make_archives
+from tests.experiments.data.prepared_sets import encode_png
 from tests.experiments.helpers import (
     REPOSITORY,
     command_environment,
@@ -41,7 +43,7 @@ def test_help(arguments):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith(documentation_of("prepare"))
-    for flag in ("--data_dir: ", "--manual_dir: ", "--check: "):
+    for flag in ("--data_dir: ", "--manual_dir: ", "--image_dir: ", "--check: "):
         assert flag in done.stdout
 
 
@@ -98,3 +100,23 @@ def test_part_of_imagenet(tmp_path):
     assert again.returncode == 0
     assert again.stderr == ""
     assert "already prepared" in again.stdout
+
+
+def test_own_images(tmp_path):
+    """Through processes of its own, one of whose images is broken."""
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for index in range(20):
+            content = encode_png(np.full((4, 4, 3), 20 * number + index, np.uint8))
+            (tmp_path / "in" / name / f"{index}.png").write_bytes(content)
+    (tmp_path / "in" / "cat" / "0.png").write_bytes(b"broken")
+    arguments = ("own", f"--image_dir={tmp_path}/in", f"--data_dir={tmp_path}/sets")
+    done = run_prepare(*arguments, "--held_out=0.3")
+    assert done.returncode == 0, done.stderr
+    assert "could not be read: 1, as cat/0.png: neither a JPEG nor a PNG" in done.stdout
+    assert "40/40" in done.stderr
+    augmentation = Augmentation(16, 1, False, 0.875)
+    train, held = load_prepared_splits("own", f"{tmp_path}/sets", augmentation)
+    assert len(train) + len(held) == 39
+    message, _ = error_of(*arguments, "--held_out=2")
+    assert "--held_out=2" in message

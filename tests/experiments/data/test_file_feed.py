@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from experiments.data.batches import batch_indices
+from experiments.data.core_processes import all_cores
 from experiments.data.errors import DataError
 from experiments.data.file_feed import (
     BATCHES_AHEAD,
     MAX_SUCCESSORS,
     UndecodableImages,
-    all_cores,
     evaluation_batches,
     image_randomness,
     training_batches,
