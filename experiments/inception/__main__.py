@@ -25,16 +25,26 @@ _DESCRIBE = flags.DEFINE_bool(
     "describe", False, "Print the network's layers and exit; needs no data."
 )
 
+WITHOUT_DATA = (
+    "images that need no data: python -m experiments.inception --config=bn_x5,small"
+)
+
 
 def main(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
     """Runs the experiment that the configuration and the flag describe."""
     # Imported here so that --help and wrong flags are answered at once.
+    from experiments.data.errors import DataError
     from experiments.inception import training
 
     if _DESCRIBE.value:
         print(training.describe_network(config, data_dir))
-    else:
+        return
+    try:
         training.run(config, workdir, data_dir)
+    except DataError as error:
+        if "is not prepared" not in str(error):
+            raise
+        raise DataError(f"{error}; {WITHOUT_DATA}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every command shares: its configuration, help, and errors as one line."""
 
 import contextlib
+import difflib
 import importlib
 import re
 import sys
@@ -15,6 +16,12 @@ from ml_collections import config_flags
 
 from experiments.running import output, stopping
 from experiments.running.stopping import FAILED, INTERRUPTED, TRY_AGAIN, Stopped
+
+# What Python says of values that are none, and what was expected.
+EXPECTED = {
+    r"invalid literal for int\(\) with base 10: ": "expected a whole number, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+}
 
 # What needs JAX is imported where it is needed: from its first moment on, a command is
 # to know what to do with a signal.
@@ -89,9 +96,11 @@ def _launch(
         for name in names:
             key = name.removeprefix("config.")
             if key != name and key not in keys:
+                close = difflib.get_close_matches(key, keys, 1)
+                meant = f" Did you mean {close[0]}?" if close else ""
                 _fail(
                     f"unknown configuration key {key}; the keys are "
-                    f"{', '.join(sorted(keys))}."
+                    f"{', '.join(sorted(keys))}.{meant}"
                 )
             if key != name and key in only_names:
                 _fail(
@@ -110,7 +119,7 @@ def _launch(
         except (flags.Error, OSError, TypeError, ValueError) as error:
             # A configuration file's own error comes with its traceback before it.
             *_, last = str(error).strip().splitlines()
-            _fail(f"{last.removeprefix('ValueError: ')} (see --help)")
+            _fail(f"{_in_plain_words(last)} (see --help)")
         # A configuration file may be broken in any way.
         except Exception as error:
             _fail(f"the configuration file does not work: {error!r} (see --help)")
@@ -140,6 +149,14 @@ def _launch(
             main(config, place, data_folder, *others)
 
     app.run(run, flags_parser=parse)
+
+
+def _in_plain_words(message: str) -> str:
+    """What a flag's parser says, as its users would say it."""
+    plain = message.removeprefix("ValueError: ")
+    for words, expected in EXPECTED.items():
+        plain = re.sub(words, expected, plain)
+    return plain
 
 
 def _local(name: str, folder: str | None) -> str | None:

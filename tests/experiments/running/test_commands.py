@@ -42,15 +42,16 @@ def test_help(flag):
 def test_unknown_key_lists_those_there_are(tmp_path, key):
     message = error_of(tmp_path, f"--config.{key}=3")
     assert message.startswith(f"unknown configuration key {key}; the keys are ")
+    assert message.endswith(" Did you mean learning_rate?") == (key == "learning_rat")
     assert all(key in message for key in FIELDS)
 
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
     {
-        "--config.num_steps=abc": "--config.num_steps=abc: invalid literal for int",
-        "--config.num_steps=1.5": "--config.num_steps=1.5: invalid literal for int",
-        "--config.learning_rate=fast": "could not convert string to float: 'fast'",
+        "--config.num_steps=abc": "num_steps=abc: expected a whole number, got 'abc'",
+        "--config.num_steps=1.5": "num_steps=1.5: expected a whole number, got '1.5'",
+        "--config.learning_rate=fast": "expected a number, got 'fast'",
         "--config.binarise=maybe": "--config.binarise=maybe",
         "--config.num_steps": "Missing value for flag --config.num_steps",
         "--nosuch=3": "Unknown command line flag 'nosuch'",
@@ -173,3 +174,14 @@ def test_a_run_says_little_and_leaves_a_finished_workdir(tmp_path):
     assert again.returncode == 0
     assert again.stderr == ""
     assert "finished; nothing to do" in again.stdout
+
+
+def test_without_data_it_points_to_images_that_need_none(tmp_path):
+    done = run_command(
+        f"--data_dir={tmp_path}",
+        f"--workdir={tmp_path / 'run'}",
+        module="experiments.inception",
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: data set 'imagenet2012' is not prepared")
+    assert done.stderr.endswith("-m experiments.inception --config=bn_x5,small\n")
