@@ -4,6 +4,7 @@ With TEST_PLATFORMS=cuda it is a GPU, for tests of the core that need one device
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -16,3 +17,5 @@ import jax
 
 # Collectives that are queued asynchronously can deadlock on forced host devices.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# The background of a shell ignores Ctrl-C, and so would the processes of tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -547,7 +547,7 @@ class NnxNetwork(nnx.Module):
 
 def nnx_statistics(model):
     return {
-        name: layer._statistics()
+        name: layer.read_statistics(train=False)
         for name, layer in zip(STATS, model.layers[1::2], strict=True)
     }
 

@@ -41,14 +41,6 @@ CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TRY_AGAIN}
 RESULTS = ("metrics.jsonl", "summary.json", "config.json")
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heard():
-    """Also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def results(workdir):
     files = read_files(workdir)
     assert not [name for name in files if name.endswith((".partial", ".tmp"))]

@@ -37,14 +37,6 @@ print("never")
 """
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heard():
-    """Also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def run(code, *signals, pause=0.0):
     process = subprocess.Popen(
         [sys.executable, "-c", START + code],
