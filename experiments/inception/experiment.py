@@ -19,6 +19,7 @@ from experiments.distributed import parallel
 from experiments.inception.construction import make_model
 from experiments.inception.network import KEEP_CONVOLUTIONS, Inception
 from experiments.inception.scores import Scores, score
+from experiments.running import stopping
 from experiments.training import evaluation, steps
 from experiments.training.optimisers import (
     LENGTHS,
@@ -177,6 +178,7 @@ class Experiment:
         function = self._functions.scores[by_test_batch]
         total = Scores(0, 0, 0.0, 0)
         for batch in batches:
+            stopping.check()
             scores = jax.device_get(function(state, *_divided(*batch)))
             total = Scores(*(a + b.item() for a, b in zip(total, scores, strict=True)))
         return total

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -17,7 +18,8 @@ BOUND = 30.0  # seconds, on a busy machine, from a signal to the end
 CHECKPOINTS = "experiments.checkpoints.save:Checkpoints"
 EXPERIMENT = "experiments.inception.experiment:Experiment"
 TRAINING = "experiments.inception.training"
-# Where a run is, by where in the code, and at which call of every start of it.
+# Where a run is, by where in the code, and at which call of every start of it, or of
+# the first, the second and the third.
 MOMENTS = {
     "import": ("import", 1),
     "data": ("tests.experiments.inception.tiny_inception:TinySplit.__init__", 2),
@@ -29,11 +31,11 @@ MOMENTS = {
     "step": (f"{EXPERIMENT}.step", 2),
     "look": ("experiments.running.loop:_Losses.look", 1),
     "evaluation": ("experiments.running.stopping:check", 3),
-    "report": ("experiments.running.record:Record.report", 2),
-    "save": (f"{CHECKPOINTS}.save", 2),
+    "report": ("experiments.running.record:Record.report", 2, 1, 1),
+    "save": (f"{CHECKPOINTS}.save", 2, 2, 1),
     "waiting for the last save": (f"{CHECKPOINTS}.close", 1),
     "population statistics": (f"{EXPERIMENT}.population_statistics", 1),
-    "saving them": (f"{TRAINING}:Checkpoints.save", 3),
+    "saving them": (f"{TRAINING}:Checkpoints.save", 5, 1, 1),
     "last evaluation": (f"{TRAINING}:_evaluate_finally", 1),
     "summary": (f"{TRAINING}:write_json", 1),
 }
@@ -61,11 +63,17 @@ def undisturbed(tmp_path_factory):
     return results(folder / "run")
 
 
-def stop(folder, moment, number):
+def stop(folder, moment, number, start=0):
     """Sends a signal at a moment; returns how the process ended."""
-    with paused(folder, *MOMENTS[moment]) as group:
-        group.wait_for(PAUSED)
-        group.signal(0, number)
+    place, *calls = MOMENTS[moment]
+    with paused(folder, place, calls[start % len(calls)]) as group:
+        # The last start may have passed the moment already.
+        while start < 2 or group.processes[0].poll() is None:
+            if PAUSED in group.output(0):
+                group.signal(0, number)
+                break
+            assert start == 2 or group.processes[0].poll() is None, group.output(0)
+            time.sleep(0.05)
         (ended,) = group.wait()
     return ended
 
@@ -83,9 +91,9 @@ def test_every_signal_at_every_moment(tmp_path, undisturbed, moment):
     """Ctrl-C, then SIGTERM, then the loss of the terminal, each to a new start."""
     if moment == "reading a checkpoint":
         stop(tmp_path, "step", signal.SIGTERM)
-    for number in CODES:
-        check_stopped(stop(tmp_path, moment, number), number)
-    ended = stop(tmp_path, moment, signal.SIGHUP)
+    for start, number in enumerate(CODES):
+        check_stopped(stop(tmp_path, moment, number, start), number)
+    ended = stop(tmp_path, moment, signal.SIGHUP, 2)
     assert ended.code == 0, ended.output
     assert not list((tmp_path / "run").glob("checkpoints/*.damaged*"))
     assert results(tmp_path / "run") == undisturbed
@@ -112,7 +120,7 @@ def test_one_of_two_processes_that_train_no_more(tmp_path, moment, asked):
 
 
 def test_a_second_sigterm_while_the_first_is_obeyed(tmp_path, undisturbed):
-    with paused(tmp_path, *MOMENTS["save"]) as group:
+    with paused(tmp_path, *MOMENTS["save"][:2]) as group:
         group.wait_for(PAUSED)
         for _ in range(3):
             group.signal(0, signal.SIGTERM)
