@@ -66,18 +66,7 @@ FIELDS = {
 }
 
 
-def changes(variant: str) -> dict[str, object]:
-    """There are no variants.
-
-    Raises:
-      ValueError: one is asked for.
-    """
-    if variant:
-        raise ValueError(f"unknown variant {variant!r}; there are none.")
-    return {}
-
-
-CONFIGURATION = Configuration(FIELDS, changes)
+CONFIGURATION = Configuration(FIELDS)
 
 
 def get_config(variant: str = "") -> ConfigDict:

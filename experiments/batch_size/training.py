@@ -1,5 +1,6 @@
 """The runs of the batch size experiment: data orders, training, what is left to do."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -75,8 +76,11 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
     images = load_image_set(config["dataset"], data_dir)
     data = split(images, config)
     described = {**config, "data_checksum": images.checksum}
-    with open_workdir(workdir, described, CONFIGURATION):
-        log = MetricsLog(workdir / "results.jsonl")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(open_workdir(workdir, described, CONFIGURATION))
+        log = stack.enter_context(
+            contextlib.closing(MetricsLog(workdir / "results.jsonl"))
+        )
         done = {Setting(*(row[field] for field in Setting._fields)) for row in log.rows}
         settings = list(all_settings(config))
         with progress_bar(len(settings), len(done), "setting") as bar:
@@ -88,7 +92,6 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
                 log.flush()
                 log.check()
                 bar.update()
-        log.close()
         summary = summarise(config, log.rows)
         write_json(workdir / "summary.json", finite(summary))
         write_whole(workdir / "batch_size.md", page(summary))

@@ -69,6 +69,17 @@ def share(*, positive: bool = False) -> Check:
     )
 
 
+def no_variants(variant: str) -> Mapping[str, Any]:
+    """What variants change, where there are none.
+
+    Raises:
+      ValueError: one is asked for.
+    """
+    if variant:
+        raise ValueError(f"unknown variant {variant!r}; there are none.")
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Configuration:
     """All fields of an experiment, and its named variants.
@@ -82,7 +93,7 @@ class Configuration:
     """
 
     fields: Mapping[str, Field]
-    changes: Callable[[str], Mapping[str, Any]]
+    changes: Callable[[str], Mapping[str, Any]] = no_variants
     why_as_long: Callable[[Mapping[str, Any]], str] = lambda config: ""
 
     def values(self, variant: str = "") -> dict[str, Any]:

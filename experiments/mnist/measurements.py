@@ -1,6 +1,6 @@
 """What an MNIST run measures, and when."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,14 +51,9 @@ def measure(
         "loss": losses,
         "population_accuracy": population,
     }
-    rows, scalars = [], {}
-    for name in states:
-        values = {key: of[name] for key, of in measured.items() if name in of}
-        lists = {key: array.tolist() for key, array in values.items()}
-        rows.append({"step": step, "network": name, **lists})
-        for key, array in values.items():
-            for replica, value in enumerate(array):
-                scalars[f"{key}/{name}/{replica}"] = value
+    rows, scalars = rows_and_scalars(
+        step, states, measured, range(len(experiment.replicas.seed))
+    )
     percentiles = []
     if experiment.config["probe_examples"]:
         for name, inputs in experiment.sigmoid_percentiles(states).items():
@@ -69,3 +64,28 @@ def measure(
         scalars=scalars,
         shown={name: f"{value.mean():.2f}%" for name, value in accuracy.items()},
     )
+
+
+def rows_and_scalars(
+    step: int,
+    names: Iterable[str],
+    measured: Mapping[str, Mapping[str, np.ndarray]],
+    replicas: Sequence[Any] | np.ndarray,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row a network for a log, and every number by a tag for TensorBoard.
+
+    Args:
+      step: steps done.
+      names: of the networks.
+      measured: by what it is, for each network (replicas,).
+      replicas: what tags call them.
+    """
+    rows, scalars = [], {}
+    for name in names:
+        values = {key: of[name] for key, of in measured.items() if name in of}
+        lists = {key: array.tolist() for key, array in values.items()}
+        rows.append({"step": step, "network": name, **lists})
+        for key, array in values.items():
+            for number, value in zip(replicas, array, strict=True):
+                scalars[f"{key}/{name}/{number}"] = value
+    return rows, scalars

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments.configuration.fields import (
     ConfigError,
 )
@@ -65,7 +63,10 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
             "or 2 and more of a larger test set."
         )
     if config["dry_run"]:
-        print_once(dry_run.report(config, _measure(Experiment(config, data))))
+        measured = dry_run.of_replicas(
+            Experiment(config, data), DRY_STEPS, len(evaluation_steps(config))
+        )
+        print_once(dry_run.report(config, measured))
         return
     with open_run(workdir, {**config, "data_checksum": data.checksum}, CONFIGURATION):
         summary_path = workdir / "summary.json"
@@ -125,29 +126,3 @@ def train(experiment: Experiment, record: Record | None = None) -> Trained:
         **kept,
     )
     return fit(experiment.initial_states(), experiment.step, experiment.feed, plan)
-
-
-def _measure(experiment: Experiment) -> dry_run.Measured:
-    """Trains and evaluates for a moment, and keeps nothing."""
-    states = experiment.initial_states()
-    num_steps = min(DRY_STEPS, experiment.config["num_steps"])
-    memory = experiment.training_memory(states, num_steps)
-    indices = experiment.feed.indices(0, num_steps)
-    parameters = {
-        name: dry_run.count(jax.tree.map(lambda leaf: leaf[0], state.params))
-        for name, state in states.items()
-    }
-
-    def advance() -> None:
-        nonlocal states
-        states, losses = experiment.step(states, 0, indices)
-        jax.block_until_ready(losses)
-
-    return dry_run.Measured(
-        parameters=parameters,
-        num_networks=len(experiment.replicas.seed) * len(states),
-        memory=memory,
-        seconds_per_step=dry_run.seconds(advance) / num_steps,
-        num_evaluations=len(evaluation_steps(experiment.config)),
-        seconds_per_evaluation=dry_run.seconds(lambda: experiment.accuracy(states)),
-    )

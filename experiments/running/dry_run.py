@@ -41,6 +41,39 @@ def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def of_replicas(experiment: Any, num_steps: int, num_evaluations: int) -> Measured:
+    """Trains and evaluates an experiment for a moment, and keeps nothing.
+
+    Args:
+      experiment: trains replicas of networks on a feed that lies on the devices, as
+        `experiments.mnist.experiment.Experiment` does.
+      num_steps: that are timed together, at most.
+      num_evaluations: of the whole run.
+    """
+    states = experiment.initial_states()
+    num_steps = min(num_steps, experiment.config["num_steps"])
+    memory = experiment.training_memory(states, num_steps)
+    indices = experiment.feed.indices(0, num_steps)
+    parameters = {
+        name: count(jax.tree.map(lambda leaf: leaf[0], state.params))
+        for name, state in states.items()
+    }
+
+    def advance() -> None:
+        nonlocal states
+        states, losses = experiment.step(states, 0, indices)
+        jax.block_until_ready(losses)
+
+    return Measured(
+        parameters=parameters,
+        num_networks=len(experiment.replicas.seed) * len(states),
+        memory=memory,
+        seconds_per_step=seconds(advance) / num_steps,
+        num_evaluations=num_evaluations,
+        seconds_per_evaluation=seconds(lambda: experiment.accuracy(states)),
+    )
+
+
 def report(config: Mapping[str, Any], measured: Measured) -> str:
     """The configuration, devices, sizes, memory and time of a run, as text."""
     device, num_steps = jax.local_devices()[0], config["num_steps"]

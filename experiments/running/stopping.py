@@ -52,7 +52,7 @@ class _Signals:
         self.interrupts = 0
         self.holds = 0
         self.interrupt: Callable[[], bool] | None = None
-        self.what_remains: Callable[[], str] = lambda: "nothing was saved"
+        self.what_remains: Callable[[], str] = lambda: "there was nothing to save yet"
 
     def receive(self, number: int) -> None:
         with self.lock:
@@ -60,12 +60,13 @@ class _Signals:
             self.interrupts += number == signal.SIGINT
             if not self.holds or self.interrupts > 1:
                 leave(_CODES[signal.Signals(number)], self.message())
-            if number == signal.SIGINT:
-                print(
-                    "\nInterrupted: what is under way is finished and saved. Ctrl-C "
-                    "again stops at once.",
-                    flush=True,
-                )
+        # Not with the lock, for which a run would wait if nobody read the terminal.
+        if number == signal.SIGINT:
+            print(
+                "\nInterrupted: what is under way is finished and saved. Ctrl-C again "
+                "stops at once.",
+                flush=True,
+            )
 
     def message(self) -> str:
         by = signal.Signals(self.asked or signal.SIGTERM).name

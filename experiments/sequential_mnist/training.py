@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.configuration.fields import ConfigError
@@ -18,6 +17,7 @@ from experiments.distributed.processes import (
     print_once,
 )
 from experiments.mnist.experiment import States
+from experiments.mnist.measurements import rows_and_scalars
 from experiments.running import dry_run
 from experiments.running.figures import save
 from experiments.running.loop import Plan, Trained, fit
@@ -50,7 +50,11 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
     data = in_every_process(lambda: load_image_set(config["dataset"], data_dir))
     check_data(config, data)
     if config["dry_run"]:
-        measured = _measure_beginning(SequenceExperiment(config, data))
+        measured = dry_run.of_replicas(
+            SequenceExperiment(config, data),
+            DRY_STEPS,
+            config["num_steps"] // config["eval_every"] + 1,
+        )
         print_once(dry_run.report(config, measured))
         return
     with open_run(workdir, {**config, "data_checksum": data.checksum}, CONFIGURATION):
@@ -118,14 +122,7 @@ def measure(
     if step == experiment.config["num_steps"]:
         population = experiment.population_accuracy(states, step)
         measured["population_accuracy"] = population
-    rows, scalars = [], {}
-    for name in states:
-        values = {key: of[name] for key, of in measured.items() if name in of}
-        lists = {key: array.tolist() for key, array in values.items()}
-        rows.append({"step": step, "network": name, **lists})
-        for key, array in values.items():
-            for seed, value in zip(experiment.replicas.seed, array, strict=True):
-                scalars[f"{key}/{name}/{seed}"] = value
+    rows, scalars = rows_and_scalars(step, states, measured, experiment.replicas.seed)
     shown = {
         name: f"{value.mean():.2f}%" for name, value in measured["accuracy"].items()
     }
@@ -140,29 +137,3 @@ def _conclude(config: Mapping[str, Any], trained: Trained, workdir: Path) -> Non
     # Last, as it marks the run as finished.
     write_json(workdir / "summary.json", finite(summary))
     print(page(summary))
-
-
-def _measure_beginning(experiment: SequenceExperiment) -> dry_run.Measured:
-    """Trains and evaluates for a moment, and keeps nothing."""
-    config, states = experiment.config, experiment.initial_states()
-    num_steps = min(DRY_STEPS, config["num_steps"])
-    memory = experiment.training_memory(states, num_steps)
-    indices = experiment.feed.indices(0, num_steps)
-    parameters = {
-        name: dry_run.count(jax.tree.map(lambda leaf: leaf[0], state.params))
-        for name, state in states.items()
-    }
-
-    def advance() -> None:
-        nonlocal states
-        states, losses = experiment.step(states, 0, indices)
-        jax.block_until_ready(losses)
-
-    return dry_run.Measured(
-        parameters=parameters,
-        num_networks=len(experiment.replicas.seed) * len(states),
-        memory=memory,
-        seconds_per_step=dry_run.seconds(advance) / num_steps,
-        num_evaluations=config["num_steps"] // config["eval_every"] + 1,
-        seconds_per_evaluation=dry_run.seconds(lambda: experiment.accuracy(states)),
-    )

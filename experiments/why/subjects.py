@@ -1,6 +1,6 @@
 """The networks that landscape and shift look at while they train."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.configuration.fields import as_tuple
@@ -8,7 +8,7 @@ from experiments.mnist.experiment import Replicas, make_replicas
 from experiments.why.data import NUM_DIGITS, Data, compose_digits, first
 from experiments.why.networks import WITHOUT, Model, inception, mlp
 from experiments.why.part import Config, Setting
-from experiments.why.training import Examples
+from experiments.why.training import Examples, States, train
 
 
 class Subject(NamedTuple):
@@ -74,6 +74,19 @@ def make(config: Config, data: Data, setting: Setting) -> Subject:
         num_looks = config["num_looks"]
     looks = looks_of(num_steps, num_looks)
     return Subject(models, replicas, examples, probe, num_steps, batch_size, looks)
+
+
+def train_and_look(subject: Subject, look: Callable[[int, States], None]) -> None:
+    """Trains a subject's networks, and looks at them at its steps."""
+    train(
+        subject.models,
+        subject.replicas,
+        subject.examples,
+        num_steps=subject.num_steps,
+        batch_size=subject.batch_size,
+        look=look,
+        looks=subject.looks,
+    )
 
 
 def mnist_network(config: Config, data: Data, **options: Any) -> Model:

@@ -154,7 +154,7 @@ def test_sigterm_while_processes_connect(tmp_path, silent):
         group.signal(1 - silent, signal.SIGTERM)
         (stopped,) = group.wait()
     assert stopped.code == TRY_AGAIN
-    assert "stopped by SIGTERM; nothing was saved." in one_line(stopped)
+    assert "stopped by SIGTERM; there was nothing to save yet." in one_line(stopped)
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from experiments.why.figures import LABELS, add_legend, draw_line, grid
 from experiments.why.networks import Model
 from experiments.why.part import Config, Measured, Part, Row, Setting
 from experiments.why.probes.loss_landscape import Landscape, along_gradient
-from experiments.why.training import Examples, States, loss_of, train
+from experiments.why.training import Examples, States, loss_of
 
 
 def measure(config: Config, data: Data, setting: Setting) -> Measured:
@@ -34,15 +34,7 @@ def measure(config: Config, data: Data, setting: Setting) -> Measured:
             )
             seen[name].append(_ranges(jax.tree.map(np.asarray, found)))
 
-    train(
-        subject.models,
-        subject.replicas,
-        subject.examples,
-        num_steps=subject.num_steps,
-        batch_size=subject.batch_size,
-        look=look,
-        looks=subject.looks,
-    )
+    subjects.train_and_look(subject, look)
     return {
         "steps": list(subject.looks),
         "networks": {

@@ -16,7 +16,7 @@ from experiments.why.figures import LABELS, add_legend, draw_line, grid
 from experiments.why.networks import Model
 from experiments.why.part import Config, Measured, Part, Row, Setting
 from experiments.why.probes.covariate_shift import Shift, covariate_shift
-from experiments.why.training import Examples, States, loss_of, train
+from experiments.why.training import Examples, States, loss_of
 
 MEASURES = {
     "l2": "change of the gradient, L2",
@@ -41,15 +41,7 @@ def measure(config: Config, data: Data, setting: Setting) -> Measured:
             )
             seen[name].append(jax.tree.map(np.asarray, found))
 
-    train(
-        subject.models,
-        subject.replicas,
-        subject.examples,
-        num_steps=subject.num_steps,
-        batch_size=subject.batch_size,
-        look=look,
-        looks=subject.looks,
-    )
+    subjects.train_and_look(subject, look)
     return {
         "steps": list(subject.looks),
         "networks": {

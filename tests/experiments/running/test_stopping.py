@@ -61,7 +61,7 @@ def run(code, *signals, pause=0.0):
 class TestSignals:
     @pytest.mark.parametrize("work", ["wait()", BUSY], ids=["python", "native"])
     def test_ends_the_process_at_once(self, number, code, work):
-        expected = f"error: stopped by {number.name}; nothing was saved.\n"
+        expected = f"error: stopped by {number.name}; there was nothing to save yet.\n"
         assert run(work, number) == (code, "", expected)
 
     def test_no_except_takes_it(self, number, code):
@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_stops_at_once():
     found, out, err = run(work, signal.SIGINT, signal.SIGINT, pause=0.2)
     assert found == INTERRUPTED
     assert "Interrupted: what is under way is finished and saved. Ctrl-C again" in out
-    assert err == "error: stopped by SIGINT; nothing was saved.\n"
+    assert err == "error: stopped by SIGINT; there was nothing to save yet.\n"
 
 
 def test_the_loss_of_the_terminal_ends_nothing():
