@@ -87,7 +87,8 @@ def steps(folder: Path, data_dir: str | None, tiny: bool) -> list[Step]:
             if tiny
             else ("dtype=bfloat16", "separable_stem=False")
         )
-        return Step(name, minutes, (*command, *flags, *changes), QUICK_TO_COMPILE)
+        command += [*flags, *(f"--config.{change}" for change in changes)]
+        return Step(name, minutes, tuple(command), QUICK_TO_COMPILE)
 
     tests = [f"tests/bn_jax/{name}.py" for name in CORE_TESTS[: 1 if tiny else None]]
     platforms = {} if tiny else {"TEST_PLATFORMS": "cuda"}

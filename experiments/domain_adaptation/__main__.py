@@ -1,6 +1,6 @@
 """Adapts trained networks to new images by recomputing statistics alone.
 
-    python -m experiments.domain_adaptation [--output=runs/domain_adaptation]
+    python -m experiments.domain_adaptation [--workdir=runs/domain_adaptation]
 
 Trains the networks of section 4.1, on grey levels, with and without batch
 normalisation. Then shows them other images: of inverted contrast, with added noise, and
@@ -8,7 +8,7 @@ of a quarter of the brightness. No parameter changes; of the network with batch
 normalisation, the statistics of every layer are estimated anew (Algorithm 2) from new
 images without labels, as section 5 of the paper suggests.
 
-The output folder receives the accuracies (domains.md and .json).
+The workdir receives the accuracies (domains.md and .json).
 """
 
 import json
@@ -18,8 +18,8 @@ from absl import flags
 
 from experiments.running import commands
 
-_OUTPUT = flags.DEFINE_string(
-    "output", "runs/domain_adaptation", "Folder for the table and the numbers."
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/domain_adaptation", "Folder for the table and the numbers."
 )
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 5_000, "Training steps.", 1)
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Seeds, from 0.", 1)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         "population_batches": _BATCHES.value,
     }
     parallel.check_divisible(config["batch_size"])
-    output = Path(_OUTPUT.value)
+    output = Path(_WORKDIR.value)
     results = domains.measure(config, load_image_set("mnist"))
     page = domains.page(results)
     numbers = {**provenance.describe(), "config": config, "domains": results}
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         write_whole(output / "domains.json", json.dumps(numbers, indent=2) + "\n")
     except OSError as error:
         raise WorkdirError(
-            f"cannot write to {output} ({error.strerror}); choose another --output."
+            f"cannot write to {output} ({error.strerror}); choose another --workdir."
         ) from None
     print(page)
     print(f"This table and domains.json are in {output}.")

@@ -1,11 +1,11 @@
 """Trains the variants of section 4.2, or the runs of an ablation, and compares them.
 
     python -m experiments.inception_sweep [--sweep=variants] [--workdir=runs/variants]
-    python -m experiments.inception_sweep --sweep=rates [KEY=VALUE ...]
+    python -m experiments.inception_sweep --sweep=rates [--config.KEY=VALUE ...]
 
 Sweeps are listed in experiments/inception/sweeps/table.py. Every run is a command of
 its own, `python -m experiments.inception`, with its folder in the workdir and its
-output beside it; KEY=VALUE changes the configuration of all of them. On CPU as many run
+output beside it; --config.KEY=VALUE is handed on to all of them. On CPU as many run
 side by side as there are cores, since a step gains little from a second one; on an
 accelerator one after another, since there they hold each other up.
 
@@ -53,4 +53,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    commands.launch_with_arguments(main, __doc__)
+    commands.launch_with_arguments(main, __doc__, hands_on=True)

@@ -23,6 +23,9 @@ EXPECTED = {
     r"could not convert string to float: ": "expected a number, got ",
 }
 
+_LONG_FORMS = dict.fromkeys(("--dry_run", "-dry_run"), "--config.dry_run=True")
+_PREFIX = re.compile(r"--?config\.")
+
 # What needs JAX is imported where it is needed: from its first moment on, a command is
 # to know what to do with a signal.
 
@@ -148,6 +151,8 @@ def _launch(
             place = Path(results or workdir.format(**config))
             main(config, place, data_folder, *others)
 
+    # Where ml_collections, too, looks for overrides.
+    sys.argv = [_LONG_FORMS.get(argument, argument) for argument in sys.argv]
     app.run(run, flags_parser=parse)
 
 
@@ -174,27 +179,36 @@ def _local(name: str, folder: str | None) -> str | None:
 
 
 def launch_with_arguments(
-    main: Callable[[list[str]], None], documentation: str | None
+    main: Callable[[list[str]], None],
+    documentation: str | None,
+    *,
+    hands_on: bool = False,
 ) -> None:
-    """Parses the command line and runs a command that takes no configuration.
+    """Parses the command line and runs a command that has no configuration of its own.
 
     Exits as `launch` does.
 
     Args:
       main: the command, called with the positional arguments when flags are parsed.
       documentation: what --help says first.
+      hands_on: the command hands --config.KEY=VALUE on to others; they are all that
+        `main` is called with, as KEY=VALUE.
     """
     output.protect()
     stopping.raise_on_sigterm()
 
     def parse(arguments: Sequence[str]) -> list[str]:
         _answer_help(arguments, documentation or "")
+        changes = [each for each in arguments if hands_on and _PREFIX.match(each)]
+        others = [each for each in arguments if each not in changes]
         try:
-            remaining: list[str] = flags.FLAGS(arguments)
+            remaining: list[str] = flags.FLAGS(others)
         except flags.Error as error:
             _fail(f"{error} (see --help)")
+        if hands_on and len(remaining) > 1:
+            _fail(f"unexpected argument {remaining[1]!r} (see --help)")
         _quieten_libraries()
-        return remaining
+        return [*remaining, *(_PREFIX.sub("", change) for change in changes)]
 
     def run(arguments: Sequence[str]) -> None:
         from experiments.running.compilation_cache import use_compilation_cache

@@ -118,7 +118,7 @@ def make_tasks(
         key, separator, _ = change.partition("=")
         if not separator or key not in configuration.FIELDS:
             raise ConfigError(
-                f"{change!r}: expected KEY=VALUE; the keys are "
+                f"--config.{change}: expected --config.KEY=VALUE; the keys are "
                 f"{', '.join(sorted(configuration.FIELDS))}."
             )
     given = dict(change.split("=", 1) for change in changes)

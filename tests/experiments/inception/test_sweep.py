@@ -351,8 +351,8 @@ def test_seeds_and_changes_of_the_user(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     {
-        "learning_rat=1": r"^'learning_rat=1': expected KEY=VALUE; the keys are acti",
-        "num_steps": r"^'num_steps': expected KEY=VALUE",
+        "learning_rat=1": r"^--config.learning_rat=1: expected --config.KEY=VALUE; ",
+        "num_steps": r"^--config.num_steps: expected --config.KEY=VALUE",
         "num_steps=1.5": r"^num_steps=1\.5: expected a whole number\.$",
         "seed=": r"^seed=: expected a whole number\.$",
     }.items(),
@@ -450,6 +450,9 @@ def test_mistakes_are_answered_in_one_line(tmp_path):
     )
     assert "unknown variant 'bn_x5,tiny'; there are inception, " in message
     workdir = tmp_path / "sweep"
-    message = error_of("inception_sweep", f"--workdir={workdir}", "learning_rat=1")
-    assert "'learning_rat=1': expected KEY=VALUE; the keys are " in message
+    sweep = ("inception_sweep", f"--workdir={workdir}")
+    message = error_of(*sweep, "--config.learning_rat=1")
+    assert "--config.learning_rat=1: expected --config.KEY=VALUE; the keys" in message
+    message = error_of(*sweep, "learning_rate=1")
+    assert "unexpected argument 'learning_rate=1' (see --help)" in message
     assert not workdir.exists()

@@ -185,3 +185,11 @@ def test_without_data_it_points_to_images_that_need_none(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: data set 'imagenet2012' is not prepared")
     assert done.stderr.endswith("-m experiments.inception --config=bn_x5,small\n")
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    """By its short name."""
+    done = run_command(*QUICK, "--dry_run", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Dry run: nothing was written.")
+    assert not (tmp_path / "run").exists()
