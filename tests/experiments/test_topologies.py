@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.checkpoints.stored import read_arrays, read_metadata
+from experiments.running.metrics import read_rows
 from experiments.running.stopping import TRY_AGAIN
 from tests.experiments.inception.tiny_run import tiny_arguments
 from tests.experiments.process_group import ProcessGroup
@@ -66,11 +67,10 @@ def train(experiment, folder, processes, devices, **changes):
 
 
 def read_run(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
     summary = json.loads((workdir / "summary.json").read_text())
     newest = workdir / "checkpoints" / str(NUM_STEPS)
     arrays = read_arrays(newest, read_metadata(newest), ("params", "batch_stats"))
-    return [json.loads(line) for line in lines], summary.get("final"), arrays
+    return read_rows(workdir / "metrics.jsonl"), summary.get("final"), arrays
 
 
 def assert_close(found, expected, rtol, atol, path=""):
