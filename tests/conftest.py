@@ -3,15 +3,22 @@
 With TEST_PLATFORMS=cuda it is a GPU, for tests of the core that need one device.
 """
 
+import gc
 import os
 import signal
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
-# What commands compile is not kept for later runs of the tests.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# Half of the time goes into compiling, and much is compiled by several processes: kept
+# beside what pytest keeps, for the next run of the tests, too.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 
@@ -19,3 +26,5 @@ import jax
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 # The background of a shell ignores Ctrl-C, and so would the processes of tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tracing makes so many objects that a tenth of the time went into looking for cycles.
+gc.set_threshold(100_000)

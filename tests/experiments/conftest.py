@@ -1,6 +1,7 @@
 """Runs of the MNIST experiment that several tests look at or go on with."""
 
 import contextlib
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -62,3 +63,12 @@ def finished(tmp_path_factory, make_runs_small) -> Path:
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.fixture
+def collect_dropped_coroutines() -> Iterator[None]:
+    """What Orbax drops is collected, and warns, within the test that drops it."""
+    gc.freeze()  # or all objects of JAX would be looked through, which takes seconds
+    yield
+    gc.collect()
+    gc.unfreeze()

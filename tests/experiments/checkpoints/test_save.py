@@ -1,11 +1,9 @@
 import contextlib
-import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -36,13 +34,10 @@ from tests.experiments.helpers import (
 MODELS = make_models(hidden=(3, 2))
 CONFIG = {"hidden": (3, 2), "dataset": "mnist"}
 
-pytestmark = pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
-
-
-@pytest.fixture(autouse=True)
-def collect_dropped_coroutines() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = [
+    pytest.mark.filterwarnings(ORBAX_LEFTOVERS),
+    pytest.mark.usefixtures("collect_dropped_coroutines"),
+]
 
 
 @pytest.fixture(scope="module")

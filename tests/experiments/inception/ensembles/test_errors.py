@@ -1,4 +1,3 @@
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,19 +25,16 @@ from tests.experiments.inception.tiny_inception import (
     tiny_data,
 )
 
-pytestmark = pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
+pytestmark = [
+    pytest.mark.filterwarnings(ORBAX_LEFTOVERS),
+    pytest.mark.usefixtures("collect_dropped_coroutines"),
+]
 
 # Probabilities of three classes, worked by hand. The third example is one where the
 # geometric mean would prefer another class than the arithmetic one.
 LABELS = [0, 0, 1, 1]
 ONE = [[0.6, 0.4, 0.0], [0.3, 0.7, 0.0], [0.2, 0.8, 0.0], [0.5, 0.4, 0.1]]
 OTHER = [[0.2, 0.2, 0.6], [0.8, 0.1, 0.1], [0.5, 0.05, 0.45], [0.4, 0.1, 0.5]]
-
-
-@pytest.fixture(autouse=True)
-def collect_dropped_coroutines() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

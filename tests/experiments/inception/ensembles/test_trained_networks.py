@@ -1,8 +1,6 @@
 import contextlib
-import gc
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,7 +33,10 @@ from tests.experiments.inception.tiny_inception import (
 
 MOVING_AVERAGE = "moving_average"
 
-pytestmark = pytest.mark.filterwarnings(ORBAX_LEFTOVERS)
+pytestmark = [
+    pytest.mark.filterwarnings(ORBAX_LEFTOVERS),
+    pytest.mark.usefixtures("collect_dropped_coroutines"),
+]
 
 
 def train(folder: Path, variant: str = "bn_x5", **changes: object) -> Path:
@@ -78,12 +79,6 @@ def change(folder: Path, name: str = "config.json", **changes: object) -> None:
     content = read_json(path) | changes
     kept = {key: value for key, value in content.items() if value is not None}
     write_json(path, kept)
-
-
-@pytest.fixture(autouse=True)
-def collect_dropped_coroutines() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
