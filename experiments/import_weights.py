@@ -1,11 +1,11 @@
 """Makes a run of weights that others have published, to evaluate or to go on with.
 
-    python -m experiments.import_weights FILE --config=bninception --data_dir=DATA
-    python -m experiments.import_weights FILE --config=inception_v2 --data_dir=DATA
+    python -m experiments.import_weights FILE --config=NETWORK --data_dir=DIR
 
-FILE is the state of Cadene's bninception (.pth, also as .safetensors or .npz of the
-same names), or a checkpoint of TF-Slim's Inception V2 (inception_v2.ckpt, or the name
-that .index and .data files begin with). Nothing in it is executed.
+NETWORK bninception: FILE is the state of Cadene's (.pth, also as .safetensors or .npz
+of the same names). NETWORK inception_v2: it is a checkpoint of TF-Slim's
+(inception_v2.ckpt, or the name that .index and .data files begin with). Nothing in it
+is executed.
 
 The workdir is then that of a run of experiments.inception of this configuration, before
 its first step and evaluated once: experiments.evaluate and experiments.checkpoint take

@@ -8,6 +8,7 @@ are one model.
 import dataclasses
 import enum
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,41 +70,49 @@ def share(*, positive: bool = False) -> Check:
     )
 
 
-def no_variants(variant: str) -> Mapping[str, Any]:
-    """What variants change, where there are none.
-
-    Raises:
-      ValueError: one is asked for.
-    """
-    if variant:
-        raise ValueError(f"unknown variant {variant!r}; there are none.")
-    return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class Configuration:
     """All fields of an experiment, and its named variants.
 
     Attributes:
       fields: by key.
-      changes: from a variant's name, "" for none, to the values that it changes. It
-        raises ValueError for a name that is unknown.
+      variants: by name, what `changes` takes the values from that each changes.
+      sizes: that a variant's name may have after a comma.
+      changes: from a variant and a size, "" for none, to these values; None: they are
+        what stands in `variants`.
       why_as_long: why a run with certain values cannot be made longer: what it has
         done would have been something else. Empty if it can.
     """
 
     fields: Mapping[str, Field]
-    changes: Callable[[str], Mapping[str, Any]] = no_variants
+    variants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: Sequence[str] = ()
+    changes: Callable[[str, str], Mapping[str, Any]] | None = None
     why_as_long: Callable[[Mapping[str, Any]], str] = lambda config: ""
 
     def values(self, variant: str = "") -> dict[str, Any]:
         """The configuration of a variant.
 
+        Args:
+          variant: a name, a comma and a size, or either alone, as "bn_x5,small".
+
         Raises:
           ValueError: there is no such variant.
         """
+        name, _, size = variant.partition(",")
+        if name not in ("", *self.variants) or size not in ("", *self.sizes):
+            known = f"expected {self.names()}" if self.variants else "there are none"
+            raise ValueError(f"unknown variant {variant!r}; {known}.")
         defaults = {key: field.default for key, field in self.fields.items()}
-        return defaults | dict(self.changes(variant))
+        if self.changes is None:
+            return defaults | self.variants.get(name, {})
+        return defaults | dict(self.changes(name, size))
+
+    def names(self) -> str:
+        """All variants in words; empty if there are none."""
+        sizes = ", ".join(f",{size}" for size in self.sizes)
+        after = f", each also with one of {sizes} after it" if sizes else ""
+        return ", ".join(self.variants) + after
 
     def keys(self, *roles: Role) -> list[str]:
         """The keys of fields with certain roles, and their former names."""
@@ -127,11 +136,16 @@ class Configuration:
                 raise ConfigError(f"--config.{key}={config[key]}: expected {expected}.")
 
     def describe(self) -> str:
-        """A line or two of help for every field."""
-        return "\n".join(
-            f"  --config.{key}={field.default}\n      {_meaning(field)}"
-            for key, field in self.fields.items()
-        )
+        """Help for every field and of the variants, in lines of 80 columns."""
+        lines = ["Configuration keys and their defaults:"]
+        for key, field in self.fields.items():
+            default = field.default
+            if isinstance(default, tuple) and len(default) > 1:
+                default = ",".join(map(str, default))
+            lines += [f"  --config.{key}={default}", _indented(_meaning(field))]
+        if self.variants:
+            lines += ["Other defaults: --config=VARIANT", _indented(self.names())]
+        return "\n".join([*lines, "Those of a file of yours: --config=FILE[:VARIANT]"])
 
     def differences(
         self, earlier: Mapping[str, Any], now: Mapping[str, Any]
@@ -211,6 +225,18 @@ def _fault(field: Field, value: Any) -> str:
     if field.check is not None and not as_tuple(value):
         return f"at least one value: {field.check.expected}"
     return ""
+
+
+def _indented(text: str) -> str:
+    margin = 6 * " "
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _meaning(field: Field) -> str:

@@ -1,7 +1,6 @@
 """Fields that several experiments have."""
 
 from experiments.configuration.fields import Field, Role, at_least
-from experiments.distributed.parallel import PARALLELISMS
 
 Fields = dict[str, Field]
 
@@ -36,7 +35,7 @@ def launching(checkpoint_every: int) -> Fields:
         "parallelism": Field(
             "pmap",
             "what maps a step over devices",
-            choices=tuple(PARALLELISMS),
+            choices=("pmap", "shard_map"),
             role=Role.LAUNCH,
         ),
         "dry_run": Field(

@@ -13,14 +13,11 @@ import jax
 from experiments.configuration.fields import ConfigError
 from experiments.distributed.agreement import first_message, text_of_first_process
 from experiments.distributed.parallel import DeviceError
+from experiments.distributed.patience import SILENCE_SECONDS, START_SECONDS
 
 Result = TypeVar("Result")
 
 MODES = ("auto", "on", "off")
-# Seconds, on one machine and over a network: how long to wait for a process that has
-# not come, and after how long one that is silent counts as lost.
-START_SECONDS = (30, 300)
-SILENCE_SECONDS = (20, 100)
 # Marks an error that all processes have: each can end as if it were alone.
 KNOWN_TO_ALL = "all processes know of it"
 

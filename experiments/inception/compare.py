@@ -1,6 +1,6 @@
 """Compares training runs: the paper's figures 2 and 3.
 
-    python -m experiments.compare RUN... [--output=runs/comparison] [--reference=NAME]
+    python -m experiments.compare RUN... [--output=DIR] [--reference=NAME]
     python -m experiments.compare RUN... --x=learning_rate
 
 A RUN is the workdir of a run of experiments.inception, finished or not, or a folder

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.configuration.fields import (
+    Check,
     Configuration,
     Field,
     Role,
@@ -23,16 +24,29 @@ from experiments.configuration.fields import (
     share,
 )
 from experiments.configuration.shared import launching, population_batches
-from experiments.data.distortions import STRENGTHS
-from experiments.inception.initialisation import KINDS as INITIALISATIONS
-from experiments.inception.layers import ACTIVATIONS, PADDINGS
-from experiments.inception.network import POOL_PROJECTIONS, TABLE
-from experiments.training.optimisers import OPTIMISERS, SCHEDULES, named
+from experiments.inception.table import POOL_PROJECTIONS, TABLE
+
+
+# Choices are named here, and what makes them elsewhere: that imports JAX, for which a
+# question for --help does not wait.
+def _is_optimiser(text: Any) -> bool:
+    from experiments.training.optimisers import OPTIMISERS, is_call
+
+    return is_call(text, OPTIMISERS)
+
+
+def _is_schedule(text: Any) -> bool:
+    from experiments.training.optimisers import SCHEDULES, is_call
+
+    return is_call(text, SCHEDULES)
+
 
 # What a trained network computes. The defaults are the paper's baseline, at its size.
 NETWORK = {
     "batch_norm": Field(False, "normalise before every nonlinearity"),
-    "activation": Field("relu", "the nonlinearity", choices=tuple(ACTIVATIONS)),
+    "activation": Field(
+        "relu", "the nonlinearity", choices=("relu", "sigmoid", "tanh")
+    ),
     "local_response_norm": Field(
         True, "across neighbouring channels, after conv1 and conv2"
     ),
@@ -61,7 +75,7 @@ CONVENTIONS = {
     "padding": Field(
         "tensorflow",
         "caffe: strided convolutions pad both sides alike, and averages count padding",
-        choices=PADDINGS,
+        choices=("tensorflow", "caffe"),
     ),
     "input_shift": Field(
         (), "added to red, green and blue, which are -1 to 1; (): nothing"
@@ -79,7 +93,7 @@ START = {
         "googlenet",
         "of weights: googlenet: a deviation a kind of layer, and biases of 0.2; "
         "gaussian: one deviation; he: He et al. 2015",
-        choices=INITIALISATIONS,
+        choices=("googlenet", "gaussian", "he"),
     ),
     "initial_std": Field(
         0.05, "standard deviation of gaussian initial weights", positive()
@@ -99,12 +113,15 @@ TRAINING = {
     "optimiser": Field(
         "sgd",
         "Optax's, alone or with its arguments, as lars(weight_decay=1e-4)",
-        named(OPTIMISERS),
+        Check(_is_optimiser, "sgd, lars or adamw, with arguments of its own or none"),
     ),
     "schedule": Field(
         "staircase",
         "of the rate, alone or with its arguments, as cosine(alpha=0.01)",
-        named(SCHEDULES),
+        Check(
+            _is_schedule,
+            "constant, staircase, linear or cosine, with arguments of its own or none",
+        ),
     ),
     "warmup_steps": Field(0, "over which the rate rises from 0 before", at_least(0)),
     "learning_rate": Field(0.0015, "the baseline's initial step size", positive()),
@@ -143,7 +160,9 @@ DATA = {
     "shuffle": Field(
         "shards", "what is shuffled (across shards)", choices=("examples", "shards")
     ),
-    "distortions": Field("strong", "photometric distortions", choices=tuple(STRENGTHS)),
+    "distortions": Field(
+        "strong", "photometric distortions", choices=("none", "weak", "strong")
+    ),
     "min_area": Field(
         0.08,
         "of a random crop, as a share of the image; 1: no crop",
@@ -311,23 +330,14 @@ SIZES: dict[str, Size] = {
 PAPER_SIZE = Size(1_000_000, {})
 
 
-def changes(variant: str) -> Changes:
+def changes(variant: str, size: str = "") -> Changes:
     """All that a variant changes.
 
     Args:
-      variant: a key of `VARIANTS` (default: inception); then a comma and a key of
-        `SIZES`.
-
-    Raises:
-      ValueError: there is no such variant.
+      variant: a key of `VARIANTS` (default: inception).
+      size: a key of `SIZES` (default: the paper's).
     """
-    name, _, size = variant.partition(",")
-    name = name or "inception"
-    if name not in VARIANTS or size not in ("", *SIZES):
-        raise ValueError(
-            f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}, each also "
-            f"with one of {', '.join(',' + size for size in SIZES)} after it."
-        )
+    name = variant or "inception"
     changed = _changes(name) | {"variant": name}
     length = PAPER_LENGTHS[changed.pop("length", "whole")]
     millionth, of_size = SIZES.get(size, PAPER_SIZE)
@@ -347,7 +357,7 @@ def why_as_long(config: Mapping[str, Any]) -> str:
     return f"schedule={text} takes {length} from num_steps" if length else ""
 
 
-CONFIGURATION = Configuration(FIELDS, changes, why_as_long)
+CONFIGURATION = Configuration(FIELDS, VARIANTS, tuple(SIZES), changes, why_as_long)
 
 
 def get_config(variant: str = "") -> ConfigDict:

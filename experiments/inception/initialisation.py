@@ -7,7 +7,6 @@ from flax.linen import initializers
 
 from experiments.inception.layers import DEPTH_MULTIPLIER
 
-KINDS = ("googlenet", "gaussian", "he")
 CLASSIFIER = "classifier"
 
 # The standard deviations of GoogLeNet's network as it was first published for Caffe, by
@@ -38,9 +37,9 @@ class Initialisation:
     """How all layers of a network start; equal ones make equal networks.
 
     Attributes:
-      kind: one of `KINDS`. googlenet: Gaussian weights of one deviation a kind of
-        layer, and biases of 0.2. gaussian: of one deviation in all layers. he: of that
-        of He et al. 2015. Biases of the last two are 0.
+      kind: googlenet: Gaussian weights of one deviation a kind of layer, and biases of
+        0.2. gaussian: of one deviation in all layers. he: of that of He et al. 2015.
+        Biases of the last two are 0.
       std: standard deviation of gaussian.
       scale: what weights are multiplied by, but for those of classifiers.
       width: of the network: GoogLeNet's deviations are those of width 1, and a layer

@@ -20,8 +20,6 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
 }
 CONVOLUTION_OUTPUT = "convolution_output"  # what rematerialisation starts from
-# They differ where a convolution has stride 2, and at the edges of averages.
-PADDINGS = ("tensorflow", "caffe")
 DEPTH_MULTIPLIER = 8  # of a separable convolution
 
 
@@ -36,7 +34,8 @@ class Convolution(nn.Module):
       activation: a key of `ACTIVATIONS`.
       separable: one convolution per input channel, then a 1x1 convolution.
       per_activation: one mean and variance per activation, not per feature map.
-      padding: of `PADDINGS`.
+      padding: "tensorflow" or "caffe", which differ where a convolution has stride 2,
+        and at the edges of averages.
       kernel_init: initialises weights.
       bias_init: initialises biases.
       dtype: of the computation; parameters are float32.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,82 +17,13 @@ from experiments.inception.layers import (
     local_response_norm,
     pool3x3,
 )
+from experiments.inception.table import STEM_CHANNELS, Row, scaled, table_rows
 
 # For `jax.checkpoint`: what the backward pass keeps when it computes the rest again.
 KEEP_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names(
     CONVOLUTION_OUTPUT, bn_jax.MOMENTS_NAME
 )
-
-
-class Row(NamedTuple):
-    """A row of the table: the channels of four branches that are concatenated."""
-
-    name: str
-    conv1x1: int  # 0: the row has no such branch
-    reduce3x3: int
-    conv3x3: int
-    reduce_double3x3: int
-    double3x3: int
-    pool: str  # "average" or "max", 3x3
-    pool_projection: int  # 0: the pooled input passes through
-    stride: int = 1  # of the last convolution of each branch, and of the pool
-
-
-STEM_CHANNELS = (64, 64, 192)  # first convolution, 1x1 reduction, 3x3 convolution
-TABLE = (
-    Row("3a", 64, 64, 64, 64, 96, "average", 32),
-    Row("3b", 64, 64, 96, 64, 96, "average", 64),
-    Row("3c", 0, 128, 160, 64, 96, "max", 0, stride=2),
-    Row("4a", 224, 64, 96, 96, 128, "average", 128),
-    Row("4b", 192, 96, 128, 96, 128, "average", 128),
-    Row("4c", 160, 128, 160, 128, 160, "average", 128),
-    Row("4d", 96, 128, 192, 160, 192, "average", 128),
-    Row("4e", 0, 128, 192, 192, 256, "max", 0, stride=2),
-    Row("5a", 352, 192, 320, 160, 224, "average", 128),
-    Row("5b", 352, 192, 320, 192, 224, "max", 128),
-)
-# The paper prints 128 for the pool projections of these rows, and outputs of 576, 576
-# and (4e) 1024 channels, which only 96 adds up to. TF-Slim's, Torch's and Caffe's
-# networks have 96; MXNet's and Cadene's 128.
-CONTRADICTORY_ROWS = ("4c", "4d")
-POOL_PROJECTIONS = (96, 128)
 AUXILIARY_ROW = "4a"  # the auxiliary head looks at its 576 channels
-
-
-def table_rows(width: float, pool_projection: int) -> tuple[Row, ...]:
-    """The table, in one of its two readings, with channels multiplied.
-
-    Args:
-      width: what every number of channels is multiplied by.
-      pool_projection: 96 or 128, of rows 4c and 4d.
-
-    Raises:
-      ValueError: another pool projection, or a width that leaves no channel.
-    """
-    if pool_projection not in POOL_PROJECTIONS:
-        raise ValueError(
-            f"pool_projection={pool_projection}: the table of the paper can be read as "
-            f"one of {POOL_PROJECTIONS}."
-        )
-    if scaled(32, width) < 1:
-        raise ValueError(f"width={width} leaves no channels; use 1/32 or more.")
-    fields = ("conv1x1", "reduce3x3", "conv3x3", "reduce_double3x3", "double3x3")
-
-    def make(row: Row) -> Row:
-        projection = row.pool_projection
-        if row.name in CONTRADICTORY_ROWS:
-            projection = pool_projection
-        channels: dict[str, Any] = {
-            field: scaled(getattr(row, field), width) for field in fields
-        }
-        return row._replace(pool_projection=scaled(projection, width), **channels)
-
-    return tuple(make(row) for row in TABLE)
-
-
-def scaled(channels: int, width: float) -> int:
-    """Channels of a network of another width."""
-    return round(channels * width)
 
 
 def stem_strides(input_size: int) -> tuple[int, int, int]:
@@ -112,7 +43,7 @@ class InceptionBlock(nn.Module):
     Attributes:
       row: the row.
       convolution: makes a `Convolution` of the network's kind.
-      padding: of `PADDINGS`, for the pool.
+      padding: "tensorflow" or "caffe", for the pool.
     """
 
     row: Row
@@ -157,7 +88,7 @@ class Inception(nn.Module):
       width: what all channels are multiplied by.
       pool_projection: 96 or 128, of rows 4c and 4d.
       separable_stem: factor the first convolution, as the paper does.
-      padding: of `PADDINGS`.
+      padding: "tensorflow" or "caffe".
       input_shift: added to each channel of the images; () for nothing.
       per_activation_rows: rows whose norm keeps one mean and variance per activation.
       auxiliary_head: a second classifier on row 4a, as GoogLeNet's. The paper names

@@ -1,6 +1,6 @@
 """Trains the variants of section 4.2, or the runs of an ablation, and compares them.
 
-    python -m experiments.inception_sweep [--sweep=variants] [--workdir=runs/variants]
+    python -m experiments.inception_sweep [--sweep=NAME] [--workdir=DIR]
     python -m experiments.inception_sweep --sweep=rates [--config.KEY=VALUE ...]
 
 Sweeps are listed in experiments/inception/sweeps/table.py. Every run is a command of

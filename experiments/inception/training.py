@@ -26,7 +26,8 @@ from experiments.inception.config import CONFIGURATION
 from experiments.inception.data import Data, LoadSplits
 from experiments.inception.description import as_table, describe
 from experiments.inception.experiment import NETWORK, Experiment
-from experiments.inception.network import Inception, table_rows
+from experiments.inception.network import Inception
+from experiments.inception.table import table_rows
 from experiments.running import dry_run, provenance
 from experiments.running.loop import Plan, Trained, fit
 from experiments.running.metrics import finite

@@ -71,24 +71,7 @@ RATES: Mapping[str, Any] = {
     "probe_examples": 0,
 }
 
-VARIANTS: Mapping[str, Mapping[str, Any]] = {"": {}, "rates": RATES}
-
-
-def changes(variant: str) -> Mapping[str, Any]:
-    """What a variant changes: nothing for figure 1, or "rates".
-
-    Raises:
-      ValueError: there is no such variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"unknown variant {variant!r}; there are "
-            f"{sorted(name for name in VARIANTS if name)}, or none for figure 1."
-        )
-    return VARIANTS[variant]
-
-
-CONFIGURATION = Configuration(FIELDS, changes)
+CONFIGURATION = Configuration(FIELDS, variants={"rates": RATES})
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -5,6 +5,7 @@ import difflib
 import importlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.distributed.patience import SILENCE_SECONDS, START_SECONDS
 from experiments.running import output, stopping
 from experiments.running.stopping import FAILED, INTERRUPTED, TRY_AGAIN, Stopped
 
@@ -93,7 +95,8 @@ def _launch(
     start_processes = _define_processes()
 
     def parse(arguments: Sequence[str]) -> list[str]:
-        _answer_help(arguments, (documentation or "") + _describe(configuration))
+        fields = configuration.CONFIGURATION.describe()
+        _answer_help(arguments, f"{documentation or ''}\n{fields}")
         program, *given = arguments
         names = [argument.lstrip("-").split("=")[0] for argument in given]
         for name in names:
@@ -222,8 +225,6 @@ def launch_with_arguments(
 
 def _define_processes() -> Callable[[], None]:
     """Defines the flags of several processes; returns what connects them."""
-    from experiments.distributed import processes
-
     mode = flags.DEFINE_string(
         "distributed",
         "auto",
@@ -239,34 +240,49 @@ def _define_processes() -> Callable[[], None]:
         "start_seconds",
         None,
         "How long to wait for all processes to come "
-        "(default: {} on one machine, {} otherwise).".format(*processes.START_SECONDS),
+        "(default: {} on one machine, {} otherwise).".format(*START_SECONDS),
         lower_bound=1,
     )
     silence_seconds = flags.DEFINE_integer(
         "silence_seconds",
         None,
         "After how long without a sign of life a process is lost "
-        "(default: {} on one machine, {} otherwise).".format(
-            *processes.SILENCE_SECONDS
-        ),
+        "(default: {} on one machine, {} otherwise).".format(*SILENCE_SECONDS),
         lower_bound=1,
     )
-    return lambda: processes.start(
-        mode.value,
-        processes.Address(coordinator.value, count.value, number.value),
-        start_seconds.value,
-        silence_seconds.value,
-    )
+
+    def start() -> None:
+        from experiments.distributed import processes
+
+        processes.start(
+            mode.value,
+            processes.Address(coordinator.value, count.value, number.value),
+            start_seconds.value,
+            silence_seconds.value,
+        )
+
+    return start
 
 
 def _answer_help(arguments: Sequence[str], documentation: str) -> None:
     if {"--help", "-help", "-h", "--helpshort"} & set(arguments):
         # absl prints the docstring of __main__ and the flags of its module, and would
         # exit with 1.
-        sys.modules["__main__"].__doc__ = documentation
+        sys.modules["__main__"].__doc__ = _narrow(documentation)
         for flag in flags.FLAGS.get_flags_for_module(__name__):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
+
+def _narrow(documentation: str) -> str:
+    """Text in lines of 80 columns; what is indented stays as it is."""
+    paragraphs = documentation.strip().split("\n\n")
+    return "\n\n".join(
+        each
+        if re.search("^ ", each, re.MULTILINE)
+        else textwrap.fill(each, 80, break_on_hyphens=False)
+        for each in paragraphs
+    )
 
 
 def _quieten_libraries() -> None:
@@ -332,11 +348,3 @@ def _with_file(argument: str, file: str) -> str:
     if name.lstrip("-") != "config" or not separator or ".py" in value:
         return argument
     return f"{name}={file}:{value}"
-
-
-def _describe(configuration: ModuleType) -> str:
-    title = (
-        "Configuration keys and their defaults; other ones: --config=VARIANT, or "
-        "--config=FILE[:VARIANT]"
-    )
-    return "\n".join(["", title, configuration.CONFIGURATION.describe()])

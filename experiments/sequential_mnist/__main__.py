@@ -1,6 +1,6 @@
 """Trains LSTMs on images as sequences, with and without batch normalisation.
 
-    python -m experiments.sequential_mnist [--workdir=DIR] [--config.KEY=VALUE ...]
+    python -m experiments.sequential_mnist [--workdir=DIR] [--config.KEY=VALUE]
     python -m experiments.sequential_mnist --config=pixels
 
 Two networks read the pixels in order, two in one random order, side by side and with

@@ -70,23 +70,7 @@ PIXELS: Mapping[str, Any] = {
     "checkpoint_every": 1_000,
 }
 
-VARIANTS: Mapping[str, Mapping[str, Any]] = {"": {}, "pixels": PIXELS}
-
-
-def changes(variant: str) -> Mapping[str, Any]:
-    """What a variant changes: nothing for rows, or "pixels".
-
-    Raises:
-      ValueError: there is no such variant.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"unknown variant {variant!r}; there is pixels, or none for rows."
-        )
-    return VARIANTS[variant]
-
-
-CONFIGURATION = Configuration(FIELDS, changes)
+CONFIGURATION = Configuration(FIELDS, variants={"pixels": PIXELS})
 
 
 def get_config(variant: str = "") -> ConfigDict:

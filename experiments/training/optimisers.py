@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.configuration.fields import Check, ConfigError
+from experiments.configuration.fields import ConfigError
 from experiments.training.delay import delayed
 
 OPTIMISERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
@@ -67,21 +67,17 @@ def spread_over(text: str) -> str:
     return "" if length in arguments else length
 
 
-def named(table: Mapping[str, Callable[..., Any]]) -> Check:
-    """A name of a table, alone or with arguments, as "lars(weight_decay=1e-4)"."""
-
-    def holds(text: Any) -> bool:
-        try:
-            parse_call(text, table)
-        except ValueError:
-            return False
-        return True
-
-    return Check(holds, f"one of {', '.join(table)}, with arguments of its own or none")
+def is_call(text: Any, table: Mapping[str, Callable[..., Any]]) -> bool:
+    """Whether it is a name of a table, alone or with arguments that are known."""
+    try:
+        parse_call(text, table)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_call(
-    text: str, table: Mapping[str, Callable[..., Any]]
+    text: Any, table: Mapping[str, Callable[..., Any]]
 ) -> tuple[str, dict[str, Any]]:
     """Takes "name(argument=value, ...)", or a name alone, apart.
 

@@ -12,7 +12,7 @@ from experiments.checkpoints.stored import stored_steps
 from experiments.data.datasets import load_splits
 from experiments.distributed import parallel
 from experiments.distributed.processes import in_every_process, print_once
-from experiments.inception.config import CONFIGURATION, CONVENTIONS, VARIANTS, changes
+from experiments.inception.config import CONFIGURATION, CONVENTIONS
 from experiments.inception.data import Data, LoadSplits
 from experiments.inception.experiment import NETWORK, Experiment
 from experiments.inception.network import Inception
@@ -93,8 +93,7 @@ def check_variant(naming: Naming, config: Mapping[str, Any]) -> None:
     Raises:
       WeightsError: it describes another one.
     """
-    assert naming.variant in VARIANTS
-    published = CONFIGURATION.values() | changes(naming.variant)
+    published = CONFIGURATION.values(naming.variant)
     differences = [
         f"{key}={config[key]} (there {published[key]})"
         for key in PUBLISHED_KEYS

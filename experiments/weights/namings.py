@@ -7,7 +7,7 @@ tables of `Naming.layers`, and each array of it from `Naming.arrays`.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from experiments.inception.network import TABLE
+from experiments.inception.table import TABLE
 
 
 class Naming(NamedTuple):

@@ -11,7 +11,8 @@ import bn_jax
 import bn_jax.linen
 from bn_jax import BatchNormParams, BatchStats
 from experiments.inception.layers import ACTIVATIONS
-from experiments.inception.network import Inception, table_rows
+from experiments.inception.network import Inception
+from experiments.inception.table import table_rows
 from experiments.why.probes.noisy_norm import noisy_batch_norm
 from experiments.why.probes.outside_gradient import normalise_outside_gradient
 

@@ -23,9 +23,7 @@ FIELDS = {
     "seed": Field(0, "of all", at_least(0), role=Role.SEED),
     "workers": Field(1, "helpers", role=Role.LAUNCH, formerly="threads"),
 }
-CONFIGURATION = Configuration(
-    FIELDS, lambda variant: {"": {}, "long": {"steps": 9}}[variant]
-)
+CONFIGURATION = Configuration(FIELDS, {"long": {"steps": 9}})
 
 
 def refused(**changes):
@@ -100,8 +98,30 @@ def test_roles_give_keys_and_former_names():
 def test_help_names_every_field_with_its_choices():
     text = CONFIGURATION.describe()
     for key, field in FIELDS.items():
-        assert f"--config.{key}={field.default}\n      {field.help}" in text
+        assert f"  --config.{key}=" in text
+        assert f"\n      {field.help}" in text
     assert "which ones (a, b)" in text
+
+
+def test_variants_are_named_in_help_and_where_one_is_unknown():
+    changes = {"short": {"steps": 1}, "long": {"steps": 9}}
+    configuration = Configuration(FIELDS, changes, sizes=("small",))
+    assert configuration.values("long")["steps"] == 9
+    assert configuration.values("long,small") == configuration.values("long")
+    names = "short, long, each also with one of ,small after it"
+    assert f"--config=VARIANT\n      {names}\n" in configuration.describe()
+    for unknown in ("lon", "long,smal", "long,small,", "small"):
+        with pytest.raises(ValueError, match=f"'{unknown}'; expected {names}."):
+            configuration.values(unknown)
+    with pytest.raises(ValueError, match=r"'long'; there are none\."):
+        Configuration(FIELDS).values("long")
+
+
+def test_help_is_80_columns_wide():
+    wide = Field(tuple(range(20)), "words " * 30, choices=range(100))
+    text = Configuration(FIELDS | {"wide": wide}, {"v" * 70: {}, "w": {}}).describe()
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"--config.wide={','.join(map(str, range(20)))}\n" in text
 
 
 def test_differences_of_a_run_that_goes_on():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.distributed import parallel
-from experiments.inception.config import get_config
+from experiments.inception.config import FIELDS, get_config
 from experiments.inception.construction import make_model
-from experiments.inception.initialisation import GOOGLENET, KINDS, Initialisation
+from experiments.inception.initialisation import GOOGLENET, Initialisation
 from experiments.inception.layers import Convolution
 from tests.experiments.inception.tiny_inception import tiny_config
 
@@ -113,7 +113,7 @@ def expected_deviation(kind: str, layer: str) -> float:
 
 
 @pytest.mark.parametrize("layer", STANDARD_DEVIATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FIELDS["initialisation"].choices)
 def test_initial_values_of_a_layer(kind, layer):
     config = tiny_config(
         initialisation=kind, initial_std=STD, initial_scale=SCALE, width=WIDTH

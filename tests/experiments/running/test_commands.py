@@ -1,9 +1,17 @@
 """The command line as a user meets it: every test here starts processes."""
 
+import subprocess
+import sys
+
 import pytest
 
 from experiments.mnist.config import FIELDS
-from tests.experiments.helpers import documentation_of, run_command
+from tests.experiments.helpers import (
+    REPOSITORY,
+    command_environment,
+    documentation_of,
+    run_command,
+)
 
 # A run of a second, should one of the mistakes below not be noticed.
 QUICK = (
@@ -32,10 +40,45 @@ def test_help(flag):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith(documentation_of("mnist").splitlines()[0])
+    text = " ".join(done.stdout.split())
     for key, field in FIELDS.items():
-        assert f"--config.{key}={field.default}\n      {field.help}" in done.stdout
+        assert f"--config.{key}=" in text
+        assert field.help in text
     for name in ("--workdir: ", "--data_dir: ", "--config=FILE[:VARIANT]"):
         assert name in done.stdout
+
+
+# Whatever `python -m experiments.NAME` answers to.
+COMMANDS = sorted(
+    {path.stem for path in REPOSITORY.glob("experiments/[!_]*.py")}
+    | {path.parent.name for path in REPOSITORY.glob("experiments/*/__main__.py")}
+)
+ANSWER = """
+import runpy, sys
+command = sys.argv[1]
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_module(f"experiments.{command}", run_name="__main__", alter_sys=True)
+finally:
+    print("jax" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_does_not_wait_for_jax_and_is_80_columns_wide(command):
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, command],
+        cwd=REPOSITORY,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr == "False\n"
+    lines = [line for line in done.stdout.splitlines() if str(REPOSITORY) not in line]
+    assert f"python -m experiments.{command}" in done.stdout
+    assert [line for line in lines if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("key", ["learning_rat", "hidden.x", "mlp"])

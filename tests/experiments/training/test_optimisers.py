@@ -8,9 +8,9 @@ from experiments.configuration.fields import ConfigError
 from experiments.training.optimisers import (
     OPTIMISERS,
     SCHEDULES,
+    is_call,
     make_optimiser,
     make_schedule,
-    named,
     parse_call,
     with_learning_rate,
 )
@@ -60,7 +60,7 @@ def test_the_rate_of_a_state_leaves_other_hyperparameters_alone():
     ["adam", "", "3", "sgd(0.9)", "sgd(speed=1)", "sgd(", "sgd.x", "open('/etc')"],
 )
 def test_other_words_are_refused(text):
-    assert not named(OPTIMISERS).holds(text)
+    assert not is_call(text, OPTIMISERS)
     with pytest.raises(ValueError, match=r"expected one of|no argument"):
         parse_call(text, OPTIMISERS)
 
@@ -70,7 +70,7 @@ def test_names_with_arguments():
         "lars",
         {"weight_decay": 1e-4, "nesterov": True},
     )
-    assert all(map(named(SCHEDULES).holds, SCHEDULES))
+    assert all(is_call(name, SCHEDULES) for name in SCHEDULES)
 
 
 @pytest.mark.parametrize(
