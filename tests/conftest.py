@@ -6,6 +6,7 @@ With TEST_PLATFORMS=cuda it is a GPU, for tests of the core that need one device
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORMS", "cpu")
@@ -21,6 +22,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 # Collectives that are queued asynchronously can deadlock on forced host devices.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -28,3 +30,10 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tracing makes so many objects that a tenth of the time went into looking for cycles.
 gc.set_threshold(100_000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_what_was_traced() -> Iterator[None]:
+    """Keeps the heap small: gigabytes of programs make every search for leaks long."""
+    yield
+    jax.clear_caches()
