@@ -1,205 +1,234 @@
-"""Batch normalisation of every library, as the checks of features reach it."""
+"""Batch normalisation in training, ours and others', behind one interface."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import bn_jax
-import bn_jax.linen
-import bn_jax.linen_folding
+from benchmarks.results import version
 
-EPS = 1e-3
+EPSILON = 1e-3
+DECAY = 0.99
 
-
-class Library(NamedTuple):
-    """How the checks reach a library; None where it has no such function."""
-
-    package: str  # its distribution
-    # (x, mask or None) -> y, running mean and variance that are the batch's own.
-    train: Callable[..., tuple[Any, Any, Any]]
-    masks: bool = False
-    # As train, without statistics to start from.
-    without_statistics: Callable[[Any], Any] | None = None
-    fold: Callable[[], float] | None = None  # the largest error of a folded layer
+Shape = tuple[int, ...]
 
 
-def jax_train(x: Any, mask: Any = None, **options: Any) -> tuple[Any, Any, Any]:
-    """bn_jax's pure function."""
-    features = x.shape[-1]
-    y, stats = bn_jax.batch_norm(
-        bn_jax.init_params(features),
-        bn_jax.init_stats(features),
-        x,
-        train=True,
-        decay=0.0,
-        eps=EPS,
-        weights=mask,
-        **options,
-    )
-    return y, stats.mean, stats.var
+class Layer(NamedTuple):
+    """A layer with its state, as pure functions of arrays."""
+
+    params: Any  # what gradients are taken of
+    # (params, x) -> (y, new statistics), with ReLU if asked for. Those that take masks
+    # take one, whose last axis has size 1, after x.
+    forward: Callable[..., tuple[Any, Any]]
+    statistics: Callable[[Any], tuple[Any, Any]]  # mean and variance of the new ones
+    channels_first: bool = False
 
 
-def linen_train(
-    x: Any, mask: Any = None, *, params_alone: bool = False, **options: Any
-) -> tuple[Any, Any, Any]:
-    """flax.linen's module."""
+def ours(
+    shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY, **options: Any
+) -> Layer:
+    """`bn_jax.batch_norm`."""
+    del dtype
+    stats = bn_jax.init_stats(shape[-1])
+
+    def forward(params: Any, x: jax.Array, mask: Any = None) -> tuple[Any, Any]:
+        return bn_jax.batch_norm(
+            *(params, stats, x),
+            train=True,
+            eps=EPSILON,
+            decay=decay,
+            activation="relu" if relu else None,
+            weights=mask,
+            **options,
+        )
+
+    params = bn_jax.init_params(shape[-1])
+    return Layer(params, forward, lambda new: (new.mean, new.var))
+
+
+def linen(
+    shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY, **options: Any
+) -> Layer:
+    """`flax.linen.BatchNorm`."""
     import flax.linen as nn
 
-    norm = nn.BatchNorm(
-        use_running_average=False, momentum=0.0, epsilon=EPS, dtype=x.dtype, **options
+    layer = nn.BatchNorm(
+        use_running_average=False,
+        momentum=decay,
+        epsilon=EPSILON,
+        dtype=dtype,
+        **options,
     )
-    variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x[:1])
-    if params_alone:
-        variables = {"params": variables["params"]}
-    y, new = norm.apply(variables, x, mask=mask, mutable=["batch_stats"])
-    return y, new["batch_stats"]["mean"], new["batch_stats"]["var"]
+    variables = layer.init(jax.random.key(0), jnp.zeros((2, shape[-1]), dtype))
+
+    def forward(params: Any, x: jax.Array, mask: Any = None) -> tuple[Any, Any]:
+        y, new = layer.apply(
+            {**variables, "params": params}, x, mask=mask, mutable="batch_stats"
+        )
+        return _activate(y, relu), new["batch_stats"]
+
+    return Layer(variables["params"], forward, lambda new: (new["mean"], new["var"]))
 
 
-def nnx_train(x: Any, mask: Any = None, **options: Any) -> tuple[Any, Any, Any]:
-    """flax.nnx's module."""
+def nnx(
+    shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY, **options: Any
+) -> Layer:
+    """`flax.nnx.BatchNorm`."""
     from flax import nnx
 
-    norm = nnx.BatchNorm(
-        x.shape[-1],
-        momentum=0.0,
-        epsilon=EPS,
-        dtype=x.dtype,
+    layer = nnx.BatchNorm(
+        shape[-1],
+        momentum=decay,
+        epsilon=EPSILON,
+        dtype=dtype,
         rngs=nnx.Rngs(0),
         **options,
     )
-    y = norm(x, mask=mask)
-    return y, norm.mean[...], norm.var[...]
+    graph, *states = nnx.split(layer, nnx.Param, ...)
+    params, rest = states
+
+    def forward(params: Any, x: jax.Array, mask: Any = None) -> tuple[Any, Any]:
+        merged = nnx.merge(graph, params, rest, copy=True)
+        y = merged(x, use_running_average=False, mask=mask)
+        return _activate(y, relu), nnx.state(merged, nnx.BatchStat)
+
+    return Layer(params, forward, lambda new: (new["mean"][...], new["var"][...]))
 
 
-def haiku_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-    """dm-haiku's module, transformed."""
+def haiku(shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY) -> Layer:
+    """`haiku.BatchNorm`."""
     import haiku as hk
 
-    @hk.transform_with_state
-    def apply(x: Any) -> Any:
-        return hk.BatchNorm(True, True, decay_rate=0.0, eps=EPS)(x, is_training=True)
+    def call(x: jax.Array) -> jax.Array:
+        return hk.BatchNorm(True, True, decay, eps=EPSILON)(x, is_training=True)
 
-    params, state = apply.init(None, x)
-    y, state = apply.apply(params, state, None, x)
-    flat = {
-        path: value for path, values in state.items() for value in [values["average"]]
-    }
-    mean = next(v for path, v in flat.items() if "mean" in path)
-    var = next(v for path, v in flat.items() if "var" in path)
-    return y, mean.reshape(-1), var.reshape(-1)
+    layer = hk.transform_with_state(call)
+    example = jnp.zeros((2, *shape[1:]), dtype)
+    params, state = layer.init(jax.random.key(0), example)
+
+    def forward(params: Any, x: jax.Array) -> tuple[Any, Any]:
+        y, new = layer.apply(params, state, None, x)
+        return _activate(y, relu), new
+
+    def statistics(new: Any) -> tuple[Any, Any]:
+        mean, var = (new[f"batch_norm/~/{name}_ema"] for name in ("mean", "var"))
+        return mean["average"].reshape(-1), var["average"].reshape(-1)
+
+    return Layer(params, forward, statistics)
 
 
-def equinox_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-    """Equinox's layer, over a named batch axis."""
+def equinox(
+    shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY
+) -> Layer:
+    """`equinox.nn.BatchNorm`, mapped over examples with channels first, as it wants."""
     import equinox as eqx
 
-    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-        x.shape[-1], axis_name="batch", mode="ema", momentum=0.0, eps=EPS, dtype=x.dtype
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+        *(shape[-1], "batch"),
+        eps=EPSILON,
+        momentum=decay,
+        mode="batch",
+        dtype=dtype,
     )
-    y, state = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
-        x, state
-    )
-    mean, var = state.get(norm.ema_state_index)
-    return y, mean, var
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def forward(params: Any, x: jax.Array) -> tuple[Any, Any]:
+        layer = eqx.combine(params, static)
+        y, new = jax.vmap(
+            layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None)
+        )(x, state)
+        return _activate(y, relu), new
+
+    def statistics(new: Any) -> tuple[Any, Any]:
+        return new.get(layer.batch_state_index)
+
+    return Layer(params, forward, statistics, channels_first=True)
 
 
-def keras_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-    """Keras's layer, on jax."""
+def keras(shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY) -> Layer:
+    """`keras.layers.BatchNormalization` on jax."""
+    os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
-    half = x.dtype != jnp.float32
-    policy = f"mixed_{x.dtype}" if half else "float32"
-    layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPS, dtype=policy)
-    layer.build(x.shape)
-    own, state = layer.trainable_variables, layer.non_trainable_variables
-    y, new = layer.stateless_call(
-        [v.value for v in own],
-        [v.value for v in state],
-        x,
-        training=True,
-        mask=None if mask is None else mask[..., 0],
+    policy = "mixed_bfloat16" if dtype == jnp.bfloat16 else "float32"
+    layer = keras.layers.BatchNormalization(
+        momentum=decay, epsilon=EPSILON, dtype=policy
     )
-    mean = next(v for v, s in zip(new, state, strict=True) if "mean" in s.path)
-    var = next(v for v, s in zip(new, state, strict=True) if "variance" in s.path)
-    return y, mean, var
+    layer.build(shape)
+    params = [variable.value for variable in layer.trainable_variables]
+    others = [variable.value for variable in layer.non_trainable_variables]
+
+    def forward(params: Any, x: jax.Array, mask: Any = None) -> tuple[Any, Any]:
+        y, new = layer.stateless_call(
+            *(params, others, x),
+            training=True,
+            mask=None if mask is None else mask[..., 0],
+        )
+        return _activate(y, relu), new
+
+    return Layer(params, forward, lambda new: (new[0], new[1]))
 
 
-def torch_train(x: Any, mask: Any = None) -> tuple[Any, Any, Any]:
-    """Torch's function, on CPU, over (batch, features)."""
+def torch(shape: Shape, dtype: Any, relu: bool = False, decay: float = DECAY) -> Layer:
+    """Torch's module on the CPU, of and to arrays of NumPy; JAX cannot trace it."""
     import torch
 
-    tensor = torch.from_numpy(np.array(x, np.float32))
-    if x.dtype == jnp.bfloat16:
-        tensor = tensor.to(torch.bfloat16)
-    norm = torch.nn.BatchNorm1d(x.shape[-1], momentum=1.0, eps=EPS)
-    y = norm(tensor)
-    arrays = (y.detach().float(), norm.running_mean, norm.running_var)
-    return tuple(a.numpy() for a in arrays)  # type: ignore[return-value]
+    layer = torch_module(shape, decay, "cpu")
+
+    def forward(params: Any, x: Any) -> tuple[Any, Any]:
+        del params  # which are the module's own
+        tensor = torch.from_numpy(np.array(x, np.float32))
+        y = layer(tensor.to(torch.bfloat16 if dtype == jnp.bfloat16 else torch.float32))
+        y = torch.relu(y) if relu else y
+        return y.detach().float().numpy(), (layer.running_mean, layer.running_var)
+
+    return Layer(None, forward, lambda new: (new[0].numpy(), new[1].numpy()))
 
 
-def linen_without_statistics(x: Any) -> Any:
-    """Parameters alone, with the collection mutable."""
-    return linen_train(x, params_alone=True)
+def torch_module(shape: Shape, decay: float, device: str) -> Any:
+    """`torch.nn.BatchNorm2d` for images, else `torch.nn.BatchNorm1d`."""
+    from torch import nn
+
+    layer_type = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    return layer_type(shape[-1], eps=EPSILON, momentum=1 - decay, device=device)
 
 
-def jax_without_statistics(x: Any) -> Any:
-    """The pure function, and the module with parameters alone."""
-    norm = bn_jax.linen.BatchNorm(use_running_average=False)
-    variables = {"params": norm.init(jax.random.key(0), x)["params"]}
-    return norm.apply(variables, x, mutable=["batch_stats"])
+def _activate(y: jax.Array, relu: bool) -> jax.Array:
+    return jax.nn.relu(y) if relu else y
 
 
-def jax_fold() -> float:
-    """The largest error of a folded convolution in a linen model."""
-    import flax.linen as nn
+class Library(NamedTuple):
+    """How a library is reached."""
 
-    model = nn.Sequential(
-        [nn.Conv(8, (3, 3)), bn_jax.linen.BatchNorm(use_running_average=True)]
-    )
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
-    variables = model.init(jax.random.key(1), x)
-    folded, report = bn_jax.linen_folding.fold_batch_norms(model, variables, x)
-    if any(finding.reason for finding in report):
-        raise ValueError("not folded")
-    y = bn_jax.linen_folding.apply_folded(model, folded, x)
-    return largest(y - model.apply(variables, x))
+    package: str  # its distribution
+    make: Callable[..., Layer]  # of shape, dtype, relu, decay and what else it takes
+    masks: bool = False
+    speed_alone: bool = False  # a variant, whose features are the library's
 
 
-def torch_fold() -> float:
-    """The largest error of a folded convolution."""
-    import torch
-
-    layer, norm = torch.nn.Conv2d(3, 8, 3).eval(), torch.nn.BatchNorm2d(8).eval()
-    x = torch.randn(2, 3, 8, 8)
-    folded = torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm)
-    return largest((folded(x) - norm(layer(x))).detach().numpy())
-
-
+# Ours is first: others are compared with it, and flax's default second.
 LIBRARIES: Mapping[str, Library] = {
-    "bn_jax": Library(
-        "jax",
-        jax_train,
-        masks=True,
-        without_statistics=jax_without_statistics,
-        fold=jax_fold,
+    "bn_jax": Library("jax", ours, masks=True),
+    "flax.linen": Library("flax", linen, masks=True),
+    "flax.linen, two passes": Library(
+        *("flax", functools.partial(linen, use_fast_variance=False)),
+        speed_alone=True,
     ),
-    "flax.linen": Library(
-        "flax", linen_train, masks=True, without_statistics=linen_without_statistics
-    ),
-    "flax.nnx": Library("flax", nnx_train, masks=True),
-    "haiku": Library("dm-haiku", haiku_train),
-    "equinox": Library("equinox", equinox_train),
-    "keras": Library("keras", keras_train, masks=True),
-    "torch": Library("torch", torch_train, fold=torch_fold),
+    "flax.nnx": Library("flax", nnx, masks=True),
+    "haiku": Library("dm-haiku", haiku),
+    "equinox": Library("equinox", equinox),
+    "keras on jax": Library("keras", keras, masks=True),
+    "torch": Library("torch", torch),
 }
+JAX_LAYERS = {name: lib.make for name, lib in LIBRARIES.items() if name != "torch"}
 
 
-def largest(values: Any) -> float:
-    """The largest absolute value."""
-    return float(np.abs(np.float64(values)).max())
+def installed() -> tuple[dict[str, Callable[..., Layer]], list[str]]:
+    """JAX's layers whose libraries are there, and the names of those that are not."""
+    missing = [name for name, lib in LIBRARIES.items() if not version(lib.package)]
+    return {n: make for n, make in JAX_LAYERS.items() if n not in missing}, missing

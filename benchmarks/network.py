@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import bn_jax.linen
-from benchmarks import measuring, peers, programs, results
+from benchmarks import measuring, programs, results, torch_layer
 from benchmarks.resnet import ResNet50
 from experiments.inception.network import KEEP_CONVOLUTIONS, Inception
 
@@ -79,7 +79,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.dtypes is None:
         dtypes = list(DTYPES[platform])
     modes = results.chosen("modes", arguments.modes, MODES)
-    only = results.chosen("only", arguments.only, [*contestants(), *peers.TORCH])
+    names = [*contestants(), *torch_layer.VARIANTS]
+    only = results.chosen("only", arguments.only, names)
     settings = {setting[0]: setting for setting in SETTINGS[platform]}
     networks = results.chosen("networks", arguments.networks, list(settings))
     for network, dtype, mode in itertools.product(networks, dtypes, modes):
@@ -156,7 +157,8 @@ def measure(
     for name in _of_torch(mode):
         if only is None or name in only:
             calls[name], memory[name] = _torch(
-                network, width, images, labels, dtype, compiled=peers.TORCH[name]
+                *(network, width, images, labels, dtype),
+                compiled=torch_layer.VARIANTS[name],
             )
     timings = measuring.time_in_turns(calls, rounds)
     bare = timings[BARE].median if BARE in timings else None
@@ -189,7 +191,7 @@ def _of_torch(mode: str) -> Sequence[str]:
     if not importlib.util.find_spec("torch"):
         print("skipped, not installed: torch")
         return ()
-    return tuple(peers.TORCH)
+    return tuple(torch_layer.VARIANTS)
 
 
 def _torch(
@@ -218,7 +220,7 @@ def _torch(
 def _call_torch(step: Callable[[], None], turn: int) -> None:
     del turn
     step()
-    peers.torch_wait()
+    torch_layer.wait()
 
 
 def make_network(network: str, norm: Any, width: float, dtype: str) -> Any:

@@ -59,10 +59,10 @@ REPEATS = {"cpu": 1, "gpu": 10}
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints tables and writes the results."""
-    from benchmarks import peers
+    from benchmarks import libraries, torch_layer
 
-    layers, missing = peers.installed()
-    only = results.chosen("only", arguments.only, [*layers, *peers.TORCH])
+    layers, missing = libraries.installed()
+    only = results.chosen("only", arguments.only, [*layers, *torch_layer.VARIANTS])
     dtypes = results.chosen("dtypes", arguments.dtypes, DTYPES)
     chosen_passes = results.chosen("passes", arguments.passes, list(PASSES))
     settings = [
@@ -124,7 +124,7 @@ def measure(
     import jax
     import jax.numpy as jnp
 
-    from benchmarks import peers, programs
+    from benchmarks import libraries, programs, torch_layer
 
     size = math.prod(shape)
     input_bytes = size * jnp.dtype(dtype).itemsize
@@ -132,8 +132,8 @@ def measure(
     sets = _random(shape, num_sets)
     calls: dict[str, Callable[[int], Any]] = {}
     facts: dict[str, dict[str, float]] = {}
-    layers, missing = peers.installed()
-    torches = [] if "torch" in missing else list(peers.TORCH)
+    layers, missing = libraries.installed()
+    torches = [] if "torch" in missing else list(torch_layer.VARIANTS)
     if jax.default_backend() == "cpu":
         torches = torches[:1]  # whose compiler wants a C++ compiler there
     names = [*layers, *torches] if only is None else only
@@ -160,19 +160,19 @@ def measure(
         }
     for name in (name for name in torches if name in names):
         steps = [
-            peers.torch_step(
+            torch_layer.step(
                 *pair,
                 bfloat16=dtype == "bfloat16",
                 relu=relu,
                 passes=passes,
-                compiled=peers.TORCH[name],
+                compiled=torch_layer.VARIANTS[name],
             )
             for pair in sets
         ]
         calls[name] = functools.partial(_call_torch, steps, repeats)
     copies = {"copy": functools.partial(_call, jax.jit(_copy), inputs, repeats)}
     if torches and repeats > 1:
-        steps = [peers.torch_copy(x, dtype == "bfloat16") for x, _ in sets]
+        steps = [torch_layer.copy(x, dtype == "bfloat16") for x, _ in sets]
         copies["copy by torch"] = functools.partial(_call_torch, steps, repeats)
     timings = measuring.time_in_turns(calls | copies, rounds, repeats)
     limit = PASSES[passes] / 2 * min(timings[name].median for name in copies)
@@ -246,11 +246,11 @@ def _call(
 
 
 def _call_torch(steps: Sequence[Callable[[], None]], repeats: int, turn: int) -> None:
-    from benchmarks import peers
+    from benchmarks import torch_layer
 
     for number in range(repeats):
         steps[(turn + number) % len(steps)]()
-    peers.torch_wait()
+    torch_layer.wait()
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

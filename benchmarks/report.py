@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import compiled, peers, pictures, results
+from benchmarks import compiled, libraries, pictures, results
 from benchmarks.measuring import geometric_mean
 from benchmarks.pictures import TRAINING, select, shape_of
 from experiments.running.tables import table
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 # Not of `python -m benchmarks.all`: that needs no compilers of accelerators.
 COMPILED = results.RESULTS / "compiled.json"
 PICTURES = Path(__file__).parents[1] / "docs" / "results" / "performance"
-JAX_PEERS = set(peers.JAX_LAYERS) - {"bn_jax"}
+JAX_PEERS = set(libraries.JAX_LAYERS) - {"bn_jax"}
 
 
 def main() -> None:

@@ -106,12 +106,7 @@ def machine() -> dict[str, Any]:
     """What the numbers depend on beside the code, as JSON values."""
     import jax
 
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {package: version(package) for package in PACKAGES}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "git_revision": git_revision(Path(__file__)),
@@ -120,8 +115,16 @@ def machine() -> dict[str, Any]:
         "load_before": [round(load, 1) for load in os.getloadavg()],
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: found for name, found in versions.items() if found},
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

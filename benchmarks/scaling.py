@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 import bn_jax.linen
-from benchmarks import measuring, op, peers, programs, results
+from benchmarks import libraries, measuring, op, programs, results
 from experiments.checkpoints.save import Checkpoints
 from experiments.inception.network import Inception
 from experiments.training import steps
@@ -74,12 +74,14 @@ def collectives_of(name: str, num_devices: int) -> dict[str, Any]:
     """Counts the collectives of a training step of one layer with shared moments.
 
     Args:
-      name: a key of `peers.JAX_LAYERS`, "bn_jax" or "flax.linen".
+      name: a key of `libraries.JAX_LAYERS`, "bn_jax" or "flax.linen".
       num_devices: that share the moments, each with 8 examples of 256 channels.
     """
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("devices",))
     whole, split = PartitionSpec(), PartitionSpec("devices")
-    layer = peers.JAX_LAYERS[name][1]((8, 256), jnp.float32, True, "devices")
+    layer = libraries.JAX_LAYERS[name](
+        (8, 256), jnp.float32, relu=True, axis_name="devices"
+    )
 
     def step(params: Any, x: jax.Array, dy: jax.Array) -> Any:
         y, pullback, _ = jax.vjp(layer.forward, params, x, has_aux=True)

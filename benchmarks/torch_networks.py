@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import resnet
+from benchmarks.libraries import DECAY, EPSILON
 from experiments.inception.network import (
     STEM_CHANNELS,
     Row,
@@ -21,7 +22,6 @@ from experiments.inception.network import (
     table_rows,
 )
 
-EPSILON, DECAY = 1e-3, 0.99
 LEARNING_RATE = 1e-3
 
 

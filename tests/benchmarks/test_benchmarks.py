@@ -1,7 +1,6 @@
 """Every benchmark runs, tiny; and its contestants compute the same."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,10 +14,10 @@ import pytest
 
 from benchmarks import (
     compiled,
+    libraries,
     mnist,
     network,
     op,
-    peers,
     report,
     results,
     scaling,
@@ -36,14 +35,14 @@ def tiny(tmp_path, **options) -> argparse.Namespace:
     return argparse.Namespace(**given, **options)
 
 
-@pytest.mark.parametrize("name", peers.JAX_LAYERS)
+@pytest.mark.parametrize("name", libraries.JAX_LAYERS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_peers_compute_the_same(name, dtype):
-    package, make = peers.JAX_LAYERS[name]
-    if not importlib.util.find_spec(package):
-        pytest.skip(f"{package} is not installed")
+def test_layers_compute_the_same(name, dtype):
+    make = libraries.installed()[0].get(name)
+    if make is None:
+        pytest.skip("it is not installed")
     x = jax.random.normal(jax.random.key(0), (8, 5, 5, 4), dtype)
-    expected = peers.ours(x.shape, dtype, True)
+    expected = libraries.ours(x.shape, dtype, True)
     expected_y = expected.forward(expected.params, x)[0]
     with lenient():
         layer = make(x.shape, jnp.dtype(dtype), True)
