@@ -42,7 +42,7 @@ def test_help(arguments):
     done = run_prepare(*arguments)
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.startswith(documentation_of("prepare"))
+    assert done.stdout.startswith(documentation_of("prepare").splitlines()[0])
     for flag in ("--data_dir: ", "--manual_dir: ", "--image_dir: ", "--check: "):
         assert flag in done.stdout
 

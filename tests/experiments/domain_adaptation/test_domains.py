@@ -102,7 +102,7 @@ def test_an_argument_is_unexpected():
 
 @pytest.mark.slow
 def test_re_estimation_recovers_brightness_and_most_of_noise(tmp_path):
-    done = run_command("--num_steps=1000", f"--output={tmp_path}")
+    done = run_command("--num_steps=1000", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "domains.md").read_text() in done.stdout + "\n"
     found = {

@@ -11,11 +11,11 @@ from experiments.inception.description import describe
 from experiments.inception.layers import SeparableConv, local_response_norm, pool3x3
 from experiments.inception.network import (
     KEEP_CONVOLUTIONS,
-    TABLE,
     Inception,
     stem_strides,
     table_rows,
 )
+from experiments.inception.table import TABLE
 
 NORM = functools.partial(bn_jax.linen.BatchNorm, epsilon=1e-3)
 NORM_WITHOUT_SCALE = functools.partial(NORM, use_scale=False)

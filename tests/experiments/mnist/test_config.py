@@ -34,7 +34,7 @@ def test_rates_sweeps_rates_and_deviations():
 
 
 def test_unknown_variant_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"'rate'; there are \['rates'\], or none"):
+    with pytest.raises(ValueError, match=r"unknown variant 'rate'; expected rates\."):
         get_config("rate")
 
 
