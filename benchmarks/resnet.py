@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from experiments.inception.layers import CONVOLUTION_OUTPUT
+from experiments.inception.layers import CONVOLUTION_OUTPUT, drawn_as_matrix
 
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, channels of the 3x3
 EXPANSION = 4
@@ -62,6 +62,7 @@ class ResNet50(nn.Module):
         x = nn.Conv(
             *(channels, (size, size), (stride, stride)),
             use_bias=self.norm is None,
+            kernel_init=drawn_as_matrix(nn.initializers.lecun_normal()),
             dtype=self.dtype,
         )(x)
         x = checkpoint_name(x, CONVOLUTION_OUTPUT)

@@ -1,6 +1,7 @@
 """Layers of a convolutional network: g(BN(W u)), pools, response normalisation."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,27 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 CONVOLUTION_OUTPUT = "convolution_output"  # what rematerialisation starts from
 DEPTH_MULTIPLIER = 8  # of a separable convolution
+
+
+def drawn_as_matrix(
+    initialise: nn.initializers.Initializer,
+) -> nn.initializers.Initializer:
+    """The same numbers for a kernel, drawn in the shape (inputs, outputs).
+
+    XLA on CPU unrolls its loops over the small sides of a kernel: random numbers in
+    that shape take seconds to compile, those of all Inception more than a minute.
+
+    Args:
+      initialise: its deviation may depend on the number of inputs and on nothing else.
+    """
+
+    def initialise_kernel(
+        key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
+    ) -> jax.Array:
+        *inputs, outputs = shape
+        return initialise(key, (math.prod(inputs), outputs), dtype).reshape(shape)
+
+    return initialise_kernel
 
 
 class Convolution(nn.Module):
@@ -63,7 +85,7 @@ class Convolution(nn.Module):
             (self.stride,) * 2,
             padding=_pads(self.kernel_size, self.padding),
             use_bias=self.norm is None,
-            kernel_init=self.kernel_init,
+            kernel_init=drawn_as_matrix(self.kernel_init),
             bias_init=self.bias_init,
             dtype=self.dtype,
             name="conv",

@@ -8,7 +8,13 @@ import pytest
 
 import bn_jax.linen
 from experiments.inception.description import describe
-from experiments.inception.layers import SeparableConv, local_response_norm, pool3x3
+from experiments.inception.initialisation import Initialisation
+from experiments.inception.layers import (
+    SeparableConv,
+    drawn_as_matrix,
+    local_response_norm,
+    pool3x3,
+)
 from experiments.inception.network import (
     KEEP_CONVOLUTIONS,
     Inception,
@@ -47,6 +53,22 @@ def init(model, images):
         return jnp.asarray(values * signs, leaf.dtype)
 
     return jax.tree.map(make, shapes(model, images))
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 6), (7, 1, 3, 5), (1, 1, 40, 8)])
+@pytest.mark.parametrize(
+    "initialise",
+    [
+        *(Initialisation(kind=kind).weights("conv2") for kind in ("googlenet", "he")),
+        nn.initializers.lecun_normal(),
+    ],
+)
+def test_kernels_drawn_as_matrices_are_the_same(initialise, shape):
+    key = jax.random.key(3)
+    drawn = jax.jit(drawn_as_matrix(initialise), static_argnums=1)(key, shape)
+    np.testing.assert_array_equal(
+        drawn, jax.jit(initialise, static_argnums=1)(key, shape)
+    )
 
 
 @pytest.mark.parametrize(
