@@ -20,7 +20,7 @@ from tests.experiments.inception.tiny_run import tiny_arguments
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS = 12
 UNFINISHED = "*.orbax-checkpoint-tmp"
 
 

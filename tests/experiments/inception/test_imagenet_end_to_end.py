@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 CONFIG = "--config=experiments/configs/inception.py"
 TINY = (
     *("--config.image_size=32", "--config.width=0.0625", "--config.batch_size=8"),
-    *("--config.num_steps=60", "--config.eval_every=20", "--config.eval_batch_size=8"),
-    *("--config.checkpoint_every=10", "--config.population_batches=3"),
+    *("--config.num_steps=30", "--config.eval_every=10", "--config.eval_batch_size=8"),
+    *("--config.checkpoint_every=5", "--config.population_batches=3"),
     *("--config.workers=2", "--config.learning_rate=0.001"),
 )
 
@@ -61,26 +61,27 @@ def test_from_the_archives_to_the_figures(tmp_path):
         *(f"--data_dir={prepared}", "--check=none"),
     )
 
-    # One network in one go, one killed after a checkpoint and resumed.
-    first, second = tmp_path / "runs" / "ensemble_2", tmp_path / "runs" / "ensemble_4"
+    # One network in one go, and of another seed one that is killed and resumed.
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
     printed = run(*train("ensemble_2", prepared, first))
     assert "by population" in printed
+    other = "--config.seed=4"
     killed = subprocess.Popen(
-        command(*train("ensemble_4", prepared, second)),
+        command(*train("ensemble_2", prepared, second, other)),
         cwd=REPOSITORY,
         env=command_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while killed.poll() is None and not (second / "checkpoints" / "20").exists():
+    while killed.poll() is None and not (second / "checkpoints" / "10").exists():
         time.sleep(0.05)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert not (second / "summary.json").exists()
-    printed = run(*train("ensemble_4", prepared, second))
+    printed = run(*train("ensemble_2", prepared, second, other))
     assert "Going on from the checkpoint of step" in printed
     whole = tmp_path / "whole"
-    run(*train("ensemble_4", prepared, whole))
+    run(*train("ensemble_2", prepared, whole, other))
     for name in ("metrics.jsonl", "summary.json"):
         assert (second / name).read_bytes() == (whole / name).read_bytes()
 
