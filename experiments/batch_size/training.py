@@ -25,7 +25,7 @@ from experiments.configuration.fields import (
     ConfigError,
     as_tuple,
 )
-from experiments.data.image_set import ImageSet, load_image_set
+from experiments.data.image_set import ImageSet, LoadImageSet, load_image_set
 from experiments.distributed.progress import progress_bar
 from experiments.running.figures import save
 from experiments.running.loop import Plan, fit
@@ -59,13 +59,20 @@ class Data(NamedTuple):
     test_labels: jax.Array
 
 
-def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
+def run(
+    config: dict[str, Any],
+    workdir: Path,
+    data_dir: str | None,
+    *,
+    load: LoadImageSet = load_image_set,
+) -> None:
     """Trains what is not trained yet, then writes the table and the figure.
 
     Args:
       config: as `experiments.batch_size.config` has it.
       workdir: folder for the results.
       data_dir: folder of prepared tensorflow-datasets, or None.
+      load: reads the images.
 
     Raises:
       ConfigError: the configuration makes no sense.
@@ -73,7 +80,7 @@ def run(config: dict[str, Any], workdir: Path, data_dir: str | None) -> None:
       WorkdirError: the workdir cannot be used.
     """
     check(config)
-    images = load_image_set(config["dataset"], data_dir)
+    images = load(config["dataset"], data_dir)
     data = split(images, config)
     described = {**config, "data_checksum": images.checksum}
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,7 @@
 """An image classification data set held in memory as arrays."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import google_crc32c
@@ -20,6 +21,10 @@ class ImageSet(NamedTuple):
     def checksum(self) -> str:
         """Of the training images, hexadecimal: what tells two sets of a name apart."""
         return f"{google_crc32c.value(self.train_images.tobytes()):08x}"
+
+
+# As the next function: of a name and the folder of prepared sets.
+LoadImageSet = Callable[[str, str | None], ImageSet]
 
 
 def load_image_set(name: str, data_dir: str | None = None) -> ImageSet:

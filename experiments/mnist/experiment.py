@@ -152,10 +152,14 @@ class Experiment:
         correct = jax.device_get(self._count_correct(states, *self._test_data))
         return {name: 100 * hits / self._num_test for name, hits in correct.items()}
 
-    def population_accuracy(self, states: States, step: int) -> dict[str, np.ndarray]:
-        """Accuracy with Algorithm 2's statistics, from the batches after `step`."""
+    def population_statistics(self, states: States, step: int) -> Any:
+        """A network's statistics by Algorithm 2, from the batches after `step`."""
         indices = self.feed.indices(step, self.config["population_batches"])
-        statistics = self._population(states, *self._train_data, indices)
+        return self._population(states, *self._train_data, indices)
+
+    def population_accuracy(self, states: States, step: int) -> dict[str, np.ndarray]:
+        """Accuracy with the statistics of `population_statistics`."""
+        statistics = self.population_statistics(states, step)
         jax.block_until_ready(statistics)
         return self.accuracy(
             {

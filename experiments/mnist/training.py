@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.configuration.fields import (
-    ConfigError,
-)
-from experiments.data.image_set import load_image_set
+from experiments.configuration.fields import ConfigError
+from experiments.data.image_set import LoadImageSet, load_image_set
 from experiments.distributed import parallel
 from experiments.distributed.processes import (
     in_every_process,
@@ -37,13 +35,20 @@ MAX_STEPS_PER_CALL = 500  # so that the progress bar moves every second or so
 DRY_STEPS = 100  # that a dry run times together
 
 
-def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
+def run(
+    config: Mapping[str, Any],
+    workdir: Path,
+    data_dir: str | None,
+    *,
+    load: LoadImageSet = load_image_set,
+) -> None:
     """Trains, or goes on training, and writes figures and summary.
 
     Args:
       config: keys as `experiments.mnist.config.FIELDS` describes them.
       workdir: folder for everything that the run writes.
       data_dir: folder of prepared tensorflow-datasets, or None.
+      load: reads the images.
 
     Raises:
       ConfigError, DataError, DeviceError, WorkdirError, CheckpointError: as their
@@ -51,7 +56,7 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
     """
     check_config(config)
     parallel.check_launch(config)
-    data = in_every_process(lambda: load_image_set(config["dataset"], data_dir))
+    data = in_every_process(lambda: load(config["dataset"], data_dir))
     if config["batch_size"] > len(data.train_images):
         raise ConfigError(
             f"--config.batch_size={config['batch_size']} is more than the "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.configuration.fields import ConfigError
-from experiments.data.image_set import ImageSet, load_image_set
+from experiments.data.image_set import ImageSet, LoadImageSet, load_image_set
 from experiments.distributed import parallel
 from experiments.distributed.processes import (
     in_every_process,
@@ -33,13 +33,20 @@ MAX_STEPS_PER_CALL = 100  # so that the progress bar moves
 DRY_STEPS = 20  # that a dry run times together
 
 
-def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
+def run(
+    config: Mapping[str, Any],
+    workdir: Path,
+    data_dir: str | None,
+    *,
+    load: LoadImageSet = load_image_set,
+) -> None:
     """Trains, or goes on training, and writes the figure and the summary.
 
     Args:
       config: keys as `experiments.sequential_mnist.config.FIELDS` describes them.
       workdir: folder for everything that the run writes.
       data_dir: folder of prepared tensorflow-datasets, or None.
+      load: reads the images.
 
     Raises:
       ConfigError, DataError, DeviceError, WorkdirError, CheckpointError: as their
@@ -47,7 +54,7 @@ def run(config: Mapping[str, Any], workdir: Path, data_dir: str | None) -> None:
     """
     CONFIGURATION.check(config)
     parallel.check_launch(config)
-    data = in_every_process(lambda: load_image_set(config["dataset"], data_dir))
+    data = in_every_process(lambda: load(config["dataset"], data_dir))
     check_data(config, data)
     if config["dry_run"]:
         measured = dry_run.of_replicas(

@@ -4,10 +4,9 @@ import pytest
 
 from experiments.checkpoints.load import load_variables
 from experiments.inception.config import get_config, why_as_long
-from experiments.mnist import training as mnist_training
 from experiments.running.metrics import read_rows
 from experiments.running.workdir import WorkdirError, read_json
-from tests.experiments.helpers import assert_trees_identical, small_config
+from tests.experiments.helpers import assert_trees_identical, run_small, small_config
 from tests.experiments.inception.tiny_inception import run_tiny, tiny_config
 
 
@@ -48,9 +47,9 @@ def test_a_longer_run_has_the_numbers_of_one_that_was_so_at_once(
         assert numbers(tmp_path) == numbers(straight)
 
 
-def test_mnist(tmp_path, finished, small_runs):
-    mnist_training.run(small_config(num_steps=20), tmp_path, None)
-    mnist_training.run(small_config(), tmp_path, None)
+def test_mnist(tmp_path, finished):
+    run_small(small_config(num_steps=20), tmp_path)
+    run_small(small_config(), tmp_path)
     for log in ("metrics.jsonl", "percentiles.jsonl"):
         assert numbers(tmp_path, log) == numbers(finished, log)
 

@@ -32,15 +32,13 @@ TINY = {
 
 
 @pytest.fixture
-def tiny_images(monkeypatch):
+def tiny_images():
     random = np.random.default_rng(0)
     labels = np.arange(60, dtype=np.int32) % 3
     images = random.integers(0, 60, (60, 28, 28, 1))
     images[np.arange(60), 4 + 8 * labels, 5:20] = 255  # a bar whose height is the class
     images = images.astype(np.uint8)
-    data = ImageSet(images, labels, images[:30], labels[:30], 3)
-    monkeypatch.setattr(training, "load_image_set", lambda *_: data)
-    return data
+    return ImageSet(images, labels, images[:30], labels[:30], 3)
 
 
 def config(**changes):
@@ -121,8 +119,10 @@ def test_orders():
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was(tiny_images, tmp_path, monkeypatch, capsys):
     options = config(orders=("shuffled",))
-    train = training.train_setting
-    trained = []
+    train, trained = training.train_setting, []
+
+    def run_tiny(config):
+        run(config, tmp_path, None, load=lambda *_: tiny_images)
 
     def stop_after_two(setting, *args):
         if len(trained) == 2:
@@ -130,23 +130,22 @@ def test_a_run_goes_on_where_it_was(tiny_images, tmp_path, monkeypatch, capsys):
         trained.append(setting)
         return train(setting, *args)
 
-    monkeypatch.setattr(training, "train_setting", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        run(options, tmp_path, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_setting", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            run_tiny(options)
+    first = read_rows(tmp_path / "results.jsonl")
     # A killed process may leave half a row.
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"method": "ren')
 
-    def go_on(setting, *args):
-        trained.append(setting)
-        return train(setting, *args)
-
-    monkeypatch.setattr(training, "train_setting", go_on)
-    run(options, tmp_path, None)
-    assert trained == list(all_settings(options))
-    assert trained[0] == Setting("batch_norm", "shuffled", 4)
+    run_tiny(options)
     rows = read_rows(tmp_path / "results.jsonl")
-    assert len(rows) == len(trained) == 7
+    assert rows[:2] == first  # with the seconds that these took
+    found = [Setting(*(row[field] for field in Setting._fields)) for row in rows]
+    assert found == list(all_settings(options))
+    assert found[0] == Setting("batch_norm", "shuffled", 4)
+    assert len(found) == 7
     for row in rows:
         assert np.shape(row["validation"]) == np.shape(row["test"]) == (2, 2)
     # 64 examples teach nothing for sure, but some setting sees the bars.
@@ -157,8 +156,8 @@ def test_a_run_goes_on_where_it_was(tiny_images, tmp_path, monkeypatch, capsys):
     for name in ("batch_size.png", "batch_size.svg", "batch_size.md"):
         assert (tmp_path / name).stat().st_size > 0
     # Finished: nothing is trained, and the same is written.
-    run(options, tmp_path, None)
-    assert len(trained) == 7
+    monkeypatch.setattr(training, "train_setting", stop_after_two)
+    run_tiny(options)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     with pytest.raises(WorkdirError, match="another configuration"):
-        run(config(), tmp_path, None)
+        run_tiny(config())

@@ -281,7 +281,7 @@ def test_names_that_no_set_can_have(tmp_path, name):
         prepare_folders(name, tmp_path, tmp_path / "out")
 
 
-def test_training_and_evaluation_read_the_set(tmp_path, monkeypatch, small_runs):
+def test_training_and_evaluation_read_the_set(tmp_path):
     make_folder(tmp_path / "in", ("a", "b"), 64)
     prepare_folders("own", tmp_path / "in", tmp_path / "out", held_out=0.25)
     data_dir = str(tmp_path / "out")

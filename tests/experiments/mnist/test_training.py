@@ -9,10 +9,10 @@ import pytest
 from experiments.checkpoints.save import restore_newest
 from experiments.configuration.fields import ConfigError
 from experiments.data.batches import batch_indices
+from experiments.data.image_set import to_inputs
 from experiments.distributed.parallel import DeviceError
-from experiments.mnist import training
 from experiments.mnist.config import CONFIGURATION
-from experiments.mnist.experiment import make_replicas
+from experiments.mnist.experiment import Experiment, make_replicas
 from experiments.mnist.training import run
 from experiments.running.metrics import read_rows
 from experiments.running.workdir import WorkdirError, open_workdir, read_json
@@ -22,12 +22,21 @@ from tests.experiments.helpers import (
     RESULTS,
     make_image_set,
     read_files,
+    run_small,
     small_config,
 )
 
-pytestmark = pytest.mark.usefixtures("small_runs")
-
 CONFIG = small_config()
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return Experiment(CONFIG, make_image_set())
+
+
+@pytest.fixture(scope="module")
+def states(experiment):
+    return experiment.initial_states()
 
 
 def test_everything_is_there(finished):
@@ -81,12 +90,10 @@ def test_summary_agrees_with_the_rows(finished):
         assert entry["sigmoid_input"]["travel"]["50"]["mean"] > 0
 
 
-def test_percentiles_are_those_of_the_probed_examples(finished):
-    experiment = training.Experiment(CONFIG, make_image_set())
-    like = experiment.initial_states()
-    _, states, _ = restore_newest(finished / "checkpoints", like)
+def test_percentiles_are_those_of_the_probed_examples(finished, experiment, states):
+    _, trained, _ = restore_newest(finished / "checkpoints", states)
     inputs = evaluation.sigmoid_inputs(
-        experiment.models, 1.0, states, experiment._probe
+        experiment.models, 1.0, trained, experiment._probe
     )
     assert experiment._probe.shape == (50, 20)
     for row in read_rows(finished / "percentiles.jsonl")[-2:]:
@@ -95,22 +102,14 @@ def test_percentiles_are_those_of_the_probed_examples(finished):
         np.testing.assert_allclose(row["values"], expected, atol=1e-4)
 
 
-def test_population_statistics_come_from_the_batches_that_follow(monkeypatch):
-    experiment = training.Experiment(CONFIG, make_image_set())
-    states = experiment.initial_states()
-    used = []
-
-    def population(states, images, labels, indices):
-        used.append(indices)
-        return {name: state.batch_stats for name, state in states.items()}
-
-    monkeypatch.setattr(experiment, "_population", population)
-    experiment.population_accuracy(states, 7)
-    (indices,) = used
-    expected = batch_indices([0, 1], 7, 4, 512, 64)
-    # (devices, steps, replicas, batch / devices) -> (steps, replicas, batch)
-    joined = np.concatenate(list(indices), axis=2)
-    np.testing.assert_array_equal(joined, expected)
+def test_population_statistics_come_from_the_batches_that_follow(experiment, states):
+    statistics = experiment.population_statistics(states, 7)["batch_norm"]
+    indices = batch_indices([0, 1], 7, 4, 512, 64)  # (steps, replicas, batch)
+    images = to_inputs(make_image_set().train_images, binarise=True)
+    kernels = states["batch_norm"].params["Dense_0"]["kernel"]
+    expected = np.einsum("ri,riu->ru", images[indices].mean((0, 2)), kernels)
+    found = statistics["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_networks_learn(finished):
@@ -125,7 +124,7 @@ def test_a_finished_run_does_nothing(copied, capsys):
     capsys.readouterr()
     stamps = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     before = read_files(copied)
-    run(CONFIG, copied, None)
+    run_small(CONFIG, copied)
     assert read_files(copied) == before
     stamps.pop(copied / ".lock")
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -137,15 +136,14 @@ def test_a_finished_run_does_nothing(copied, capsys):
 def test_another_configuration_is_refused(copied):
     before = read_files(copied)
     with pytest.raises(WorkdirError, match=r"learning_rate: 0.5 there, 0.25 now\."):
-        run(CONFIG | {"learning_rate": 0.25}, copied, None)
+        run_small(CONFIG | {"learning_rate": 0.25}, copied)
     assert read_files(copied) == before
 
 
-def test_other_data_is_refused(copied, monkeypatch):
+def test_other_data_is_refused(copied):
     other = make_image_set()._replace(train_images=make_image_set().train_images[::-1])
-    monkeypatch.setattr(training, "load_image_set", lambda *_: other)
     with pytest.raises(WorkdirError, match=r"data_checksum: \w+ there, \w+ now"):
-        run(CONFIG, copied, None)
+        run(CONFIG, copied, None, load=lambda *_: other)
 
 
 def test_a_workdir_in_use_is_refused(copied):
@@ -154,14 +152,14 @@ def test_a_workdir_in_use_is_refused(copied):
         open_workdir(copied, config, CONFIGURATION),
         pytest.raises(WorkdirError, match="another process is writing"),
     ):
-        run(CONFIG, copied, None)
+        run_small(CONFIG, copied)
 
 
 def test_several_rates_give_the_figure_of_rates(tmp_path):
     config = small_config(
         num_steps=10, learning_rate=(0.1, 2.0), num_seeds=1, probe_examples=0
     )
-    run(config, tmp_path, None)
+    run_small(config, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"rates.png", "rates.svg"} < names
     assert not {"figure1.png", "figure1.svg"} & names
@@ -173,7 +171,7 @@ def test_several_rates_give_the_figure_of_rates(tmp_path):
 
 def test_a_diverged_network_is_named_and_the_others_go_on(tmp_path, capsys):
     rates = (0.1, 1e38)
-    run(small_config(num_steps=20, num_seeds=1, learning_rate=rates), tmp_path, None)
+    run_small(small_config(num_steps=20, num_seeds=1, learning_rate=rates), tmp_path)
     found = [
         line
         for line in capsys.readouterr().out.splitlines()
@@ -192,7 +190,7 @@ def test_a_diverged_network_is_named_and_the_others_go_on(tmp_path, capsys):
 
 def test_a_diverged_run_gives_valid_json(tmp_path):
     """Infinite weights are a result, as in the paper's section 4.2.2."""
-    run(small_config(num_steps=10, learning_rate=3e38), tmp_path, None)
+    run_small(small_config(num_steps=10, learning_rate=3e38), tmp_path)
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -244,7 +242,7 @@ def test_prepared_data_set(tmp_path):
 )
 def test_nothing_is_made_for_an_impossible_run(tmp_path, changes, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
-        run(CONFIG | changes, tmp_path / "run", None)
+        run_small(CONFIG | changes, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -259,9 +257,7 @@ def test_replicas_are_all_combinations():
     assert replicas.seed.tolist() == [7, 8] * 4
 
 
-def test_networks_of_a_seed_start_alike():
-    experiment = training.Experiment(CONFIG, make_image_set())
-    states = experiment.initial_states()
+def test_networks_of_a_seed_start_alike(states):
     kernels = {
         name: [np.asarray(state.params[f"Dense_{i}"]["kernel"]) for i in range(3)]
         for name, state in states.items()
@@ -269,7 +265,7 @@ def test_networks_of_a_seed_start_alike():
     for one, other in zip(*kernels.values(), strict=True):
         np.testing.assert_array_equal(one, other)
         assert (one[0] != one[1]).any()
-    alone = training.Experiment(
+    alone = Experiment(
         small_config(num_seeds=1, first_seed=1, initial_std=0.2), make_image_set()
     )
     for name, state in alone.initial_states().items():

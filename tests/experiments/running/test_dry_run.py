@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.mnist import training as mnist_training
 from experiments.running import dry_run
 from experiments.running.dry_run import Measured, count, report, seconds
-from tests.experiments.helpers import make_image_set, small_config
+from tests.experiments.helpers import run_small, small_config
 from tests.experiments.inception.tiny_inception import run_tiny, tiny_config
 
 MEASURED = Measured(
@@ -71,9 +70,8 @@ def test_inception_writes_nothing(tmp_path, capsys):
     assert "for 3 evaluations" in text
 
 
-def test_mnist_writes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mnist_training, "load_image_set", lambda *_: make_image_set())
-    mnist_training.run(small_config(dry_run=True), tmp_path / "run", None)
+def test_mnist_writes_nothing(tmp_path, capsys):
+    run_small(small_config(dry_run=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     text = capsys.readouterr().out
     # 20 x 8 + 8 x 6 + 6 x 4 weights, 8 + 6 + 4 biases; scales and biases of 8 and 6.
@@ -85,5 +83,5 @@ def test_mnist_writes_nothing(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("key", ["parallelism", "moments"])
 def test_a_wrong_word(key, tmp_path):
     with pytest.raises(ValueError, match=f"--config.{key}=alone: expected"):
-        mnist_training.run(small_config(**{key: "alone"}), tmp_path / "run", None)
+        run_small(small_config(**{key: "alone"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,6 @@ from experiments.running.metrics import read_rows
 from experiments.running.workdir import read_json
 from experiments.sequential_mnist import training
 from experiments.sequential_mnist.config import get_config
-from experiments.sequential_mnist.experiment import SequenceExperiment
 from experiments.sequential_mnist.network import SequenceClassifier
 from experiments.sequential_mnist.summary import PAPER
 from tests.experiments.helpers import make_image_set
@@ -35,17 +34,16 @@ def finished(tmp_path_factory):
     """A run that was stopped on its way, and one that was not."""
     folders = [tmp_path_factory.mktemp(name) for name in ("stopped", "whole")]
     config = CONFIG | {"networks": NETWORKS, "num_seeds": 1}
-    experiment = SequenceExperiment(config, make_image_set())  # is compiled once
+
+    def run(folder):
+        training.run(config, folder, None, load=lambda *_: make_image_set())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "load_image_set", lambda *_: make_image_set())
-        patch.setattr(training, "SequenceExperiment", lambda *_: experiment)
-        with pytest.MonkeyPatch.context() as asked:
-            asked.setattr(stopping, "is_asked", lambda: True)
-            with pytest.raises(stopping.Stopped):
-                training.run(config, folders[0], None)
-        for folder in folders:
-            training.run(config, folder, None)
+        patch.setattr(stopping, "is_asked", lambda: True)
+        with pytest.raises(stopping.Stopped):
+            run(folders[0])
+    for folder in folders:
+        run(folder)
     return folders
 
 
