@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.distributed import parallel
+from experiments.inception import layers
 from experiments.inception.config import FIELDS, get_config
 from experiments.inception.construction import make_model
 from experiments.inception.initialisation import GOOGLENET, Initialisation
@@ -63,6 +64,8 @@ def test_every_layer_starts_as_its_name_says(monkeypatch):
     model = make_model(get_config("inception").to_dict() | {"auxiliary_head": True}, 10)
     asked = []
     monkeypatch.setattr(Recorder, "asked", asked)
+    # A matrix does not show the kernel's sides.
+    monkeypatch.setattr(layers, "drawn_as_matrix", lambda initialise: initialise)
     model = model.clone(initialisation=Recorder("googlenet"))
     jax.eval_shape(
         functools.partial(model.init, train=True),
