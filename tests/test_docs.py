@@ -93,3 +93,16 @@ def test_every_configuration_named_is_there():
             home = OTHER_HOMES.get(experiment, experiment)
             config = importlib.import_module(f"experiments.{home}.config")
             assert config.CONFIGURATION.values(variant)
+
+
+def test_every_test_named_is_there():
+    tests = Path(__file__).parent
+    sources = {path: path.read_text() for path in tests.rglob("test_*.py")}
+    for page in (README, *DOCS.glob("*.md")):
+        text = page.read_text()
+        for name in re.findall(r"[\w/]*\btest_\w+\.py", text):
+            name = name.removeprefix("tests/")
+            assert any(f"/{name}" in str(path) for path in sources), (page, name)
+        for function in re.findall(r"::(test_\w+)", text):
+            found = any(f"def {function}" in source for source in sources.values())
+            assert found, (page, function)
